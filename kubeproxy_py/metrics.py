@@ -1,0 +1,168 @@
+"""
+Every metric, declared once.
+
+Names, types, labels, buckets and help texts of ``kubeproxy_*`` metrics are kube-proxy 1.36's,
+so that dashboards and alerts carry over; those it does not have follow below the line.
+Modules set the values they know; nothing here decides anything.
+"""
+
+from typing import Final
+
+from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client import disable_created_metrics as _disable_created_metrics
+
+# kube-proxy exports no *_created series, and they would double the number of ours.
+_disable_created_metrics()  # type: ignore[no-untyped-call]
+
+_EXPONENTIAL: Final = tuple(0.001 * 2**n for n in range(15))
+_PROGRAMMING: Final = (
+    0.25, 0.5, *range(1, 60), *range(60, 120, 5), *range(120, 301, 30),
+)  # fmt: skip
+# The API server answers in milliseconds or, when something is wrong, in many seconds.
+_REST_LATENCY: Final = (0.005, 0.025, 0.1, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 15.0, 30.0, 60.0)
+_FAMILY: Final = ("ip_family",)
+
+
+class Metrics:
+    """All metrics, on one registry."""
+
+    def __init__(self, registry: CollectorRegistry = REGISTRY) -> None:
+        def histogram(
+            name: str,
+            text: str,
+            labels: tuple[str, ...] = _FAMILY,
+            buckets: tuple[float, ...] = _EXPONENTIAL,
+        ) -> Histogram:
+            return Histogram(
+                f"kubeproxy_{name}", f"[ALPHA] {text}", labels, buckets=buckets, registry=registry
+            )
+
+        def gauge(name: str, text: str, labels: tuple[str, ...] = ()) -> Gauge:
+            return Gauge(f"kubeproxy_{name}", f"[ALPHA] {text}", labels, registry=registry)
+
+        def counter(name: str, text: str, labels: tuple[str, ...] = ()) -> Counter:
+            return Counter(f"kubeproxy_{name}", f"[ALPHA] {text}", labels, registry=registry)
+
+        self.registry = registry
+
+        # kube-proxy's own -----------------------------------------------------------------------
+        self.sync_duration = histogram(
+            "sync_proxy_rules_duration_seconds", "SyncProxyRules latency in seconds"
+        )
+        self.sync_full_duration = histogram(
+            "sync_full_proxy_rules_duration_seconds",
+            "SyncProxyRules latency in seconds for full resyncs",
+        )
+        self.sync_partial_duration = histogram(
+            "sync_partial_proxy_rules_duration_seconds",
+            "SyncProxyRules latency in seconds for partial resyncs",
+        )
+        self.sync_last_timestamp = gauge(
+            "sync_proxy_rules_last_timestamp_seconds",
+            "The last time proxy rules were successfully synced",
+            _FAMILY,
+        )
+        self.sync_last_queued_timestamp = gauge(
+            "sync_proxy_rules_last_queued_timestamp_seconds",
+            "The last time a sync of proxy rules was queued",
+            _FAMILY,
+        )
+        self.network_programming_duration = histogram(
+            "network_programming_duration_seconds",
+            "In Cluster Network Programming Latency in seconds",
+            buckets=tuple(float(edge) for edge in _PROGRAMMING),
+        )
+        self.endpoint_changes_pending = gauge(
+            "sync_proxy_rules_endpoint_changes_pending", "Pending proxy rules Endpoint changes"
+        )
+        self.endpoint_changes = counter(
+            "sync_proxy_rules_endpoint_changes_total", "Cumulative proxy rules Endpoint changes"
+        )
+        self.service_changes_pending = gauge(
+            "sync_proxy_rules_service_changes_pending", "Pending proxy rules Service changes"
+        )
+        self.service_changes = counter(
+            "sync_proxy_rules_service_changes_total", "Cumulative proxy rules Service changes"
+        )
+        self.restore_failures = counter(
+            "sync_proxy_rules_iptables_restore_failures_total",
+            "Cumulative proxy iptables restore failures",
+            _FAMILY,
+        )
+        self.partial_restore_failures = counter(
+            "sync_proxy_rules_iptables_partial_restore_failures_total",
+            "Cumulative proxy iptables partial restore failures",
+            _FAMILY,
+        )
+        self.iptables_rules_total = gauge(
+            "sync_proxy_rules_iptables_total",
+            "Total number of iptables rules owned by kube-proxy",
+            ("table", "ip_family"),
+        )
+        self.iptables_rules_last = gauge(
+            "sync_proxy_rules_iptables_last",
+            "Number of iptables rules written by kube-proxy in last sync",
+            ("table", "ip_family"),
+        )
+        self.no_local_endpoints = gauge(
+            "sync_proxy_rules_no_local_endpoints_total",
+            "Number of services with a Local traffic policy and no endpoints",
+            ("traffic_policy", "ip_family"),
+        )
+        self.healthz = counter(
+            "proxy_healthz_total", "Cumulative proxy healthz HTTP status", ("code",)
+        )
+        self.livez = counter("proxy_livez_total", "Cumulative proxy livez HTTP status", ("code",))
+        self.conntrack_sync_duration = histogram(
+            "conntrack_reconciler_sync_duration_seconds",
+            "ReconcileConntrackFlowsLatency latency in seconds",
+        )
+        self.conntrack_deleted_entries = counter(
+            "conntrack_reconciler_deleted_entries_total",
+            "Cumulative conntrack flows deleted by conntrack reconciler",
+            _FAMILY,
+        )
+        self.rest_requests = Counter(
+            "rest_client_requests_total",
+            "[ALPHA] Number of HTTP requests, partitioned by status code, method, and host.",
+            ("code", "host", "method"),
+            registry=registry,
+        )
+        self.rest_request_duration = Histogram(
+            "rest_client_request_duration_seconds",
+            "[ALPHA] Request latency in seconds. Broken down by verb, and host.",
+            ("host", "verb"),
+            buckets=_REST_LATENCY,
+            registry=registry,
+        )
+
+        # Ours ------------------------------------------------------------------------------------
+        self.invalid_objects = counter(
+            "invalid_objects_total",
+            "Objects, or parts of them, that were left out because they are invalid",
+            ("kind",),
+        )
+        self.watch_last_event_timestamp = gauge(
+            "watch_last_event_timestamp_seconds",
+            "When the API server last sent anything on this watch, bookmarks included",
+            ("kind",),
+        )
+        self.watch_reconnects = counter(
+            "watch_reconnects_total",
+            "Watches started again, by what ended the last",
+            ("kind", "reason"),
+        )
+        self.iptables_restores = counter(
+            "iptables_restores_total", "Restore inputs that were committed", _FAMILY
+        )
+        self.iptables_restore_lines = counter(
+            "iptables_restore_lines_total", "Lines of restore input that were committed", _FAMILY
+        )
+        self.iptables_lock_wait = histogram(
+            "iptables_lock_wait_seconds", "Time spent waiting for the xtables lock"
+        )
+        self.iptables_rules_repaired = counter(
+            "iptables_chains_repaired_total",
+            "Chains of ours that somebody else had changed and that were written again",
+            ("table", "ip_family"),
+        )
