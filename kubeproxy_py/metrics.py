@@ -152,6 +152,11 @@ class Metrics:
             "Watches started again, by what ended the last",
             ("kind", "reason"),
         )
+        self.conntrack_failures = counter(
+            "conntrack_reconciler_failures_total",
+            "Reconciliations of conntrack entries that ended with an error",
+            _FAMILY,
+        )
         self.iptables_restores = counter(
             "iptables_restores_total", "Restore inputs that were committed", _FAMILY
         )
@@ -161,7 +166,7 @@ class Metrics:
         self.iptables_lock_wait = histogram(
             "iptables_lock_wait_seconds", "Time spent waiting for the xtables lock"
         )
-        self.iptables_rules_repaired = counter(
+        self.iptables_chains_repaired = counter(
             "iptables_chains_repaired_total",
             "Chains of ours that somebody else had changed and that were written again",
             ("table", "ip_family"),

@@ -1,0 +1,67 @@
+# `make` prints the targets. CI calls only these, so home and CI never differ.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
+# What the daemon, the demo and the tests run; python-iptables is compiled when it is installed.
+APT := python3-venv python3-dev gcc libc6-dev iptables iproute2 nftables conntrack openssl ca-certificates
+PYTEST := $(SUDO) $(BIN)/python -m pytest
+TYPED := kubeproxy_py tests/support deploy/demo/demo.py tests/packet/conftest.py
+
+.PHONY: help
+help: ## this list
+	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+
+.PHONY: demo
+demo: install ## a node in a namespace: rules programmed from files, real traffic, shares shown
+	$(SUDO) $(BIN)/python -m deploy.demo.demo $(DEMO)
+
+.PHONY: test
+test: check ## everything: lint, types, import contracts, unit and packet tests
+	$(PYTEST) $(TESTS)
+
+.PHONY: test-unit
+test-unit: install ## unit tests only: no root, no network but loopback
+	$(BIN)/python -m pytest tests/unit
+
+.PHONY: test-packet
+test-packet: install ## packet tests only: real kernel, own namespaces
+	$(PYTEST) tests/packet
+
+.PHONY: coverage
+coverage: install ## branch coverage of the pure modules, which must be complete
+	$(BIN)/python -m pytest tests/unit -q --cov --cov-report=term-missing:skip-covered
+
+.PHONY: check
+check: install ## ruff, mypy --strict, import contracts
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy $(TYPED)
+	$(BIN)/lint-imports
+
+.PHONY: fmt
+fmt: install ## format and fix what can be fixed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+.PHONY: install
+install: $(VENV)/.installed ## system packages and the virtual environment
+
+$(VENV)/.installed: pyproject.toml
+	@if ! dpkg -s $(APT) >/dev/null 2>&1; then \
+	  $(SUDO) apt-get update -qq; \
+	  $(SUDO) env DEBIAN_FRONTEND=noninteractive apt-get install -qq --no-install-recommends $(APT) >/dev/null; \
+	fi
+	@$(PYTHON) -c 'import sys; sys.exit("cannot go on: Python 3.11 or newer is needed (set PYTHON=)" if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade 'pip>=25.1'
+	$(BIN)/pip install --quiet --editable . --group dev
+	@touch $@
+
+.PHONY: clean
+clean: ## remove what the other targets made
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis .coverage

@@ -1,0 +1,107 @@
+"""
+Removes what kube-proxy or we have written, and nothing else.
+
+As kube-proxy's ``--cleanup``: KUBE-FIREWALL with its jumps stays (it is the kubelet's as well), and so
+do sysctls, conntrack entries and nfacct counters. Both backends are looked into, because rules left
+behind in the one that nobody looks at still meet every packet.
+"""
+
+import shutil
+import subprocess
+from collections.abc import Iterable
+
+import structlog
+
+from kubeproxy_py import rules
+from kubeproxy_py.errors import BackendMissing, IptablesError
+from kubeproxy_py.iptables import chains, plan, runner
+from kubeproxy_py.model import IPFamily
+
+log = structlog.get_logger()
+
+
+def removal(live: chains.Tables) -> plan.Batch:
+    """Return the batch that removes all that is ours from *live*. Pure."""
+    sections = []
+    for table in (rules.NAT, rules.FILTER, rules.MANGLE):
+        there = live.get(table, {})
+        section = plan.Section(
+            table,
+            remove=tuple(
+                jump
+                for jump in rules.JUMPS
+                if jump.table == table and not jump.rule.endswith(f"-j {rules.FIREWALL}")
+                for rule in there.get(jump.builtin, ())
+                if rule == jump.rule
+            ),
+            delete=tuple(sorted(name for name in there if chains.is_ours(table, name))),
+        )
+        if section:
+            sections.append(section)
+    return plan.Batch(tuple(sections))
+
+
+def clean(families: Iterable[IPFamily], backends: Iterable[runner.Backend]) -> bool:
+    """Clean the tables of these *families* and *backends*; return False if something failed."""
+    is_clean = True
+    for backend in backends:
+        for family in families:
+            try:
+                programs = runner.find_programs(family, backend)
+            except BackendMissing as error:
+                log.debug("cleanup.skipped", error=str(error))
+                continue
+            is_clean = _clean_one(programs) and is_clean
+    return remove_nft_mode_tables() and is_clean
+
+
+def _clean_one(programs: runner.Programs) -> bool:
+    if programs.backend == "legacy" and not runner.has_legacy_tables(programs.family):
+        return True
+    iptables = runner.Iptables(programs)
+    try:
+        batch = removal(iptables.save())
+        if batch.sections:
+            iptables.restore(batch.render())
+    except IptablesError as error:
+        log.error(  # noqa: TRY400 - the cause is another program; our stack says nothing
+            "cleanup.failed",
+            ip_family=programs.family.value,
+            backend=programs.backend,
+            error=str(error),
+        )
+        return False
+    log.info(
+        "cleanup.completed",
+        ip_family=programs.family.value,
+        backend=programs.backend,
+        chains=sum(len(section.delete) for section in batch.sections),
+        jumps=sum(len(section.remove) for section in batch.sections),
+    )
+    return True
+
+
+def remove_nft_mode_tables() -> bool:
+    """Delete the tables of kube-proxy's nftables mode, which would handle Services twice.
+
+    True unless a table is there and cannot be deleted; no `nft` program, no such tables.
+    """
+    program = shutil.which("nft", path=runner.search_path())
+    if program is None:
+        return True
+    is_clean = True
+    for family in ("ip", "ip6"):
+        table = [family, "kube-proxy"]
+        if _nft(program, "list", "table", *table).returncode:
+            continue
+        done = _nft(program, "delete", "table", *table)
+        if done.returncode:
+            is_clean = False
+            log.error("cleanup.nft_table_left", table=table, error=done.stderr.strip())
+        else:
+            log.info("cleanup.nft_table_deleted", table=table)
+    return is_clean
+
+
+def _nft(*argv: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(argv, capture_output=True, text=True, check=False, timeout=60)  # noqa: S603 - fixed argv, no shell

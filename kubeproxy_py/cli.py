@@ -1,0 +1,151 @@
+"""argv → settings → one of the sub-commands → exit status. What they do is other modules' business."""
+
+import sys
+from pathlib import Path
+from typing import Any, Final, cast
+
+import click
+import structlog
+
+from kubeproxy_py import cleanup as cleaning
+from kubeproxy_py import config, daemon, desired, flag_types, flags, host, hostnet
+from kubeproxy_py import log as logging
+from kubeproxy_py import rules as rule_names
+from kubeproxy_py.errors import ConfigError, KubeProxyError
+from kubeproxy_py.iptables import chains, plan, runner
+from kubeproxy_py.model import IPFamily, Problem
+from kubeproxy_py.ruleset import Ruleset
+
+log = structlog.get_logger()
+
+#: As terraform plan -detailed-exitcode: nothing would change, something would.
+_EXIT_NOTHING: Final = 0
+_EXIT_CHANGES: Final = 2
+_EXIT_ERROR: Final = 1
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+def cli() -> None:
+    """A kube-proxy for Linux nodes (iptables mode) that diffs, explains and repairs its rules."""
+
+
+def _settings(flag_values: flags.FlagValues) -> flags.Settings:
+    """Return the settings and let logging follow them. Raises ConfigError."""
+    settings = flags.settings_from_flags(flag_values)
+    chosen = settings.config.logging
+    logging.configure(fmt="json" if chosen.format == "json" else "text", verbosity=chosen.verbosity)
+    for warning in settings.warnings:
+        log.warning("config.warned", message=warning)
+    return settings
+
+
+@cli.command("run", cls=flag_types.Command)
+@flags.proxy_flags
+def run(flag_values: flags.FlagValues) -> None:
+    """Program this node's Services, until stopped; rules stay in place then.
+
+    Objects come from the API server named by --kubeconfig (or the Pod's service account), or from
+    files with --manifests. All flags of kube-proxy are accepted.
+    """
+    settings = _settings(flag_values)
+    if settings.write_config_to:
+        _write_config(settings)
+        return
+    if settings.cleanup:
+        _clean_all("both")
+        return
+    config.require_iptables_mode(settings.config)
+    sys.exit(daemon.Daemon(settings).run())
+
+
+def _write_config(settings: flags.Settings) -> None:
+    path = Path(settings.write_config_to)
+    try:
+        path.write_text(config.to_yaml(settings.config))
+    except OSError as error:
+        raise ConfigError(f"cannot write configuration to {path}: {error.strerror}") from error
+    log.info("config.written", path=str(path))
+
+
+@cli.command("render", cls=flag_types.Command)
+@flags.rule_flags
+@flags.host_fact_flags
+def render(flag_values: flags.FlagValues, host_facts: flags.HostFacts) -> None:
+    """Print the complete rules of one family for an otherwise empty host, as iptables-restore input.
+
+    Objects come from --manifests; what `run` would learn from the host is stated with flags.
+    """
+    settings = _settings(flag_values)
+    family = host_facts.ip_family or IPFamily.V4
+    ruleset = _build(settings, host_facts, family)
+    # The canary chains hold no rule; they tell the daemon of a flush, and a listing of nothing.
+    tables = {
+        table: {name: texts for name, texts in found.items() if name != rule_names.CANARY}
+        for table, found in ruleset.tables.items()
+    }
+    for batch in plan.plan(tables, {}, groups=ruleset.groups()):
+        click.echo(batch.render(), nl=False)
+
+
+@cli.command("plan", cls=flag_types.Command)
+@flags.rule_flags
+@flags.host_fact_flags
+def plan_command(flag_values: flags.FlagValues, host_facts: flags.HostFacts) -> None:
+    """Print what would change on this host now: exit 0 nothing, 2 something, 1 error."""
+    settings = _settings(flag_values)
+    backend = host.choose_backend(settings.iptables_backend)
+    families = [host_facts.ip_family] if host_facts.ip_family else list(IPFamily)
+    found = _EXIT_NOTHING
+    for family in families:
+        if family is IPFamily.V6 and not hostnet.has_ipv6():
+            continue
+        kernel = runner.Iptables(runner.find_programs(family, backend))
+        ruleset = _build(settings, host_facts, family)
+        live: chains.Tables = kernel.save()
+        for batch in plan.plan(ruleset.tables, live, groups=ruleset.groups()):
+            found = _EXIT_CHANGES
+            click.echo(f"# {family.value}, {backend}")
+            click.echo(batch.render(), nl=False)
+    sys.exit(found)
+
+
+def _build(settings: flags.Settings, host_facts: flags.HostFacts, family: IPFamily) -> Ruleset:
+    if not settings.manifests:
+        raise ConfigError("cannot build rules without objects: give --manifests PATH")
+    node_name = host.node_name(settings.hostname_override)
+    return desired.build(settings, host_facts, node_name, family, _tell)
+
+
+def _tell(problem: Problem) -> None:
+    click.echo(f"warning: left out: {problem}", err=True)
+
+
+@cli.command("cleanup", cls=flag_types.Command)
+@flags.cleanup_flags
+@click.option(
+    "--backend",
+    type=click.Choice(["both", "nft", "legacy"]),
+    default="both",
+    show_default=True,
+    help="Where to look for rules of ours.",
+)
+def cleanup(flag_values: flags.FlagValues, backend: str) -> None:
+    """Remove everything that kube-proxy or we have written, and nothing else."""
+    _settings(flag_values)
+    _clean_all(backend)
+
+
+def _clean_all(backend: str) -> None:
+    backends = runner.BACKENDS if backend == "both" else (cast("runner.Backend", backend),)
+    if not cleaning.clean(tuple(IPFamily), backends):
+        raise KubeProxyError("encountered an error while tearing down rules")
+
+
+def main(argv: list[str] | None = None) -> Any:
+    """Run the command line; every deliberate error becomes one line and exit status 1."""
+    logging.configure()
+    try:
+        return cli.main(args=argv, prog_name="kubeproxy-py")
+    except KubeProxyError as error:
+        log.error("command.failed", error=str(error))  # noqa: TRY400 - the text says what to do
+    sys.exit(_EXIT_ERROR)

@@ -1,0 +1,455 @@
+"""
+The composition root: builds everything from settings, starts it in order, stops it in reverse.
+
+Nothing is decided here that a module below could decide. The invariant it guards: the process is
+either whole or gone. A thread that ends unasked ends the process, with a reason and a status that
+make the supervisor start it again; the rules stay in the kernel in any case.
+"""
+
+import signal
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Final
+
+import structlog
+from prometheus_client import CollectorRegistry
+
+import kubeproxy_py
+from kubeproxy_py import (
+    api,
+    cleanup,
+    config,
+    config_watch,
+    conntrack,
+    health,
+    host,
+    hostnet,
+    httpserver,
+    manifests,
+    metrics,
+    nfacct,
+    notify,
+    options,
+    pages,
+    recorder,
+    sync,
+    sysctls,
+    watch,
+)
+from kubeproxy_py.errors import KubeProxyError
+from kubeproxy_py.flags import Settings
+from kubeproxy_py.iptables import runner
+from kubeproxy_py.model import IPFamily, Kind, Node, Problem, ServiceName
+from kubeproxy_py.pacer import Pacer
+from kubeproxy_py.ruleset import HealthCheck, Ruleset
+from kubeproxy_py.store import Store
+
+log = structlog.get_logger()
+
+# kube-proxy's own limits for what may still come from a Node that is being set up.
+_NODE_IPS_WAIT_S: Final = 30.0
+_POD_CIDRS_WAIT_S: Final = 300.0
+# A full look at the kernel though nobody asked, as often as kube-proxy looks at its canaries. It
+# reads, and writes only what others have changed.
+_AUDIT_PERIODS: Final = 1
+# How long SIGTERM waits for threads: together with the rest, the process ends within two seconds.
+_STOP_S: Final = 1.0
+_TICK_S: Final = 1.0
+
+
+class Daemon:
+    """One node's proxy."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._config = settings.config
+        self._started_at = time.time()
+        self._registry = CollectorRegistry()
+        self._metrics = metrics.Metrics(self._registry)
+        self._notifier = notify.Notifier()
+        self._stop = threading.Event()
+        self._failure: str | None = None
+        self._threads: list[threading.Thread] = []
+        self._undo: list[Callable[[], None]] = []
+        self._loops: dict[IPFamily, sync.SyncLoop] = {}
+        self._node_name = host.node_name(settings.hostname_override)
+        self._pod_cidrs: tuple[str, ...] | None = None
+        self._connection = self._connect()
+        self._recorder = recorder.Recorder(self._connection, host=host.node_name(""))
+        self._health = health.ProxyHealth(self._config.iptables.sync_period_s)
+        self._http = httpserver.HttpServer()
+
+    def run(self) -> int:
+        """Run until a signal or a failure; return the exit status."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._stop_by_signal)
+        threading.excepthook = self._note_crash
+        try:
+            if self._start():
+                self._wait()
+        finally:
+            self._notifier.stopping()
+            self._shut_down()
+        if self._failure is not None:
+            log.error("daemon.failed", reason=self._failure)
+            return 1
+        log.info("daemon.stopped", message="rules stay in place")
+        return 0
+
+    # Starting ------------------------------------------------------------------------------------
+
+    def _start(self) -> bool:
+        """Start everything; False if a signal came first or there is nothing to run."""
+        log.info("daemon.starting", version=kubeproxy_py.__version__, node=self._node_name)
+        if not self._settings.init_only:
+            cleanup.remove_nft_mode_tables()
+        # Before the Node is known, the backend's families are: the store must know them.
+        backend = host.choose_backend(self._settings.iptables_backend)
+        bound = options.node_ips(self._config.bind_address, ())
+        kernels = host.find_kernels(backend, bound.primary, self._metrics)
+        self._store = Store(
+            node_name=self._node_name,
+            families=tuple(kernels),
+            metrics=self._metrics,
+            report=self._report,
+            changed=self._nudge,
+            node_changed=self._node_changed,
+            allow_external_ips=config.allows_service_external_ips(self._config),
+        )
+        self._start_sources_of_nodes()
+        node = self._wait_for_node()
+        if self._stop.is_set():
+            return False
+        ips = options.node_ips(self._config.bind_address, node.ips if node else ())
+        if ips.primary not in kernels:
+            raise KubeProxyError(f'no support for primary IP family "{ips.primary.value}"')
+        host.warn_if_unknown(self._config, is_known=ips.is_known)
+        self._pod_cidrs = node.pod_cidrs if node else ()
+        for doubt in options.doubts(self._config, ips, self._pod_cidrs, tuple(kernels)):
+            log.warning(
+                "config.doubtful",
+                message="Kube-proxy configuration may be incomplete or incorrect",
+                error=doubt,
+            )
+        found = self._prepare_host(ips, kernels)
+        if self._settings.init_only:
+            log.info("daemon.initialised", message="--init-only: ending here")
+            return False
+        self._start_programming(ips, found)
+        return True
+
+    def _prepare_host(
+        self, ips: options.NodeIPs, kernels: dict[IPFamily, runner.Iptables]
+    ) -> host.Host:
+        """Set sysctls and counters up, as --init-only does for a process with fewer rights."""
+        tracking = self._config.conntrack
+        sysctls.apply_conntrack(
+            max_per_core=tracking.max_per_core,
+            min=tracking.min,
+            tcp_established_timeout_s=tracking.tcp_established_timeout_s,
+            tcp_close_wait_timeout_s=tracking.tcp_close_wait_timeout_s,
+            tcp_be_liberal=tracking.tcp_be_liberal,
+            udp_timeout_s=tracking.udp_timeout_s,
+            udp_stream_timeout_s=tracking.udp_stream_timeout_s,
+        )
+        cidrs = options.node_port_cidrs(self._config, ips)
+        if IPFamily.V4 in kernels and options.has_localhost_node_ports(self._config, cidrs):
+            sysctls.ensure_route_localnet()
+        return host.Host(kernels, host.has_nfacct(kernels))
+
+    def _start_sources_of_nodes(self) -> None:
+        if self._settings.manifests:
+            source = manifests.ManifestSource(
+                [Path(path) for path in self._settings.manifests],
+                self._store,
+                self._report,
+                stop=self._stop,
+            )
+            self._spawn("manifests", source.run)
+        else:
+            self._spawn_watcher("Node")
+
+    def _wait_for_node(self) -> Node | None:
+        """Wait for the Node object, without limit, then for what it may still lack."""
+        store = self._store
+        while not store.has_listed("Node"):
+            if self._stop.wait(0.05):
+                return None
+        if self._settings.manifests and store.node is None:
+            # Nobody registers Nodes where there is no API server; a file may, but need not.
+            log.info("node.absent", message="no Node object in the manifests; going on without one")
+            self._health.set_node(eligible=True)
+            return None
+        wait_s = 0.0 if self._settings.manifests else _NODE_IPS_WAIT_S
+        if not host.wait_until(
+            lambda: store.node is not None and bool(store.node.ips), self._stop.wait, wait_s
+        ):
+            what = "to exist" if store.node is None else "to be assigned IPs"
+            log.error("node.wait_ended", message=f"Timed out waiting for node {what}")
+        if self._config.detect_local_mode == "NodeCIDR" and not host.wait_until(
+            lambda: store.node is not None and bool(store.node.pod_cidrs),
+            self._stop.wait,
+            0.0 if self._settings.manifests else _POD_CIDRS_WAIT_S,
+        ):
+            if self._stop.is_set():
+                return None
+            name = f'"{self._node_name}"'
+            raise KubeProxyError(
+                f"timeout waiting for node {name} to exist"
+                if store.node is None
+                else f"timeout waiting for PodCIDR allocation on node {name}"
+            )
+        return store.node
+
+    def _start_programming(self, ips: options.NodeIPs, found: host.Host) -> None:
+        sysctls.set_oom_score_adj(self._config.oom_score_adj)
+        self._start_servers(found)
+        self._recorder.start()
+        self._undo.append(self._recorder.stop)
+        # A node port is one only on this host's addresses: flows to that port of others are not ours.
+        reconciler = conntrack.Reconciler(
+            self._metrics,
+            run=lambda family, wanted: conntrack.reconcile(
+                family, wanted, local_addresses=set(host.addresses_of(family))
+            ),
+        )
+        reconciler.start()
+        self._undo.append(reconciler.stop)
+        cidrs = options.node_port_cidrs(self._config, ips)
+        if any(listed is not None for listed in cidrs.values()):
+            # Node ports follow the addresses of the interfaces.
+            watcher = hostnet.AddressWatcher(self._nudge_all)
+            try:
+                watcher.start()
+            except OSError as error:
+                # The audit looks at the addresses as well, only later.
+                log.warning("hostnet.watch_unavailable", error=str(error))
+            self._undo.append(watcher.stop)
+        for family, kernel in found.kernels.items():
+            self._loops[family] = self._build_loop(family, kernel, ips, found, reconciler)
+        for family, loop in self._loops.items():
+            self._spawn(f"sync-{family.value}", loop.run)
+            self._undo.append(loop.stop)
+        if not self._settings.manifests:
+            self._spawn_watcher("Service")
+            self._spawn_watcher("EndpointSlice")
+        # Whatever was listed before the loops were there.
+        self._nudge_all()
+        self._recorder.node_event(
+            self._node_name, event_type="Normal", reason="Starting", action="StartKubeProxy"
+        )
+        self._notifier.ready()
+
+    def _build_loop(
+        self,
+        family: IPFamily,
+        kernel: runner.Iptables,
+        ips: options.NodeIPs,
+        found: host.Host,
+        reconciler: conntrack.Reconciler,
+    ) -> sync.SyncLoop:
+        facts = options.Facts(
+            node_name=self._node_name,
+            node_ips=ips,
+            pod_cidrs=self._pod_cidrs or (),
+            has_nfacct=found.has_nfacct,
+            has_random_fully=kernel.programs.has_random_fully,
+            conntrack_is_liberal=sysctls.conntrack_is_liberal(),
+        )
+        cidrs = options.node_port_cidrs(self._config, ips)[family]
+        built = options.rules_options(self._config, family, facts, node_port_addresses=None)
+
+        def served() -> tuple[str, ...] | None:
+            local = () if cidrs is None else host.addresses_of(family)
+            return options.served_addresses(
+                cidrs, local, allows_loopback=built.localhost_node_ports
+            )
+
+        checks = health.ServiceHealthPorts(
+            family,
+            self._http,
+            served() or () if cidrs is not None else None,
+            None if self._settings.healthz_disabled else self._health,
+            self._report_listen_failure,
+        )
+        self._undo.append(checks.close)
+
+        def publish(wanted: dict[ServiceName, HealthCheck]) -> None:
+            checks.update(
+                {name: check.port for name, check in wanted.items()},
+                {name: check.local_endpoints for name, check in wanted.items()},
+            )
+
+        period_s = self._config.iptables.sync_period_s
+        syncer = sync.Syncer(
+            family,
+            store=self._store,
+            ruleset=Ruleset(built),
+            kernel=kernel,
+            max_batch_rules=sync.NFT_BATCH_RULES if kernel.backend == "nft" else None,
+            effects=sync.Effects(
+                node_port_addresses=served,
+                prepare=_ensure_counters if found.has_nfacct else _nothing,
+                publish_health_checks=publish,
+                clean_conntrack=lambda build: reconciler.request(family, build),
+            ),
+            metrics=self._metrics,
+        )
+        pacer = Pacer(
+            retry_s=period_s,
+            audit_s=period_s * _AUDIT_PERIODS,
+            min_interval_s=self._settings.min_sync_period_s,
+        )
+        return sync.SyncLoop(family, syncer, pacer, health=self._health, metrics=self._metrics)
+
+    def _start_servers(self, found: host.Host) -> None:
+        pages.register_process_metrics(self._registry)
+        if found.has_nfacct:
+            self._registry.register(nfacct.NfacctCollector())
+        self._http.start()
+        self._undo.append(self._http.stop)
+        serve = self._http.serve_address
+        hard = self._config.bind_address_hard_fail
+        if not self._settings.healthz_disabled:
+            app = health.HealthPages(self._health, self._metrics)
+            serve(self._config.healthz_bind_address, app.app, name="healthz", hard_fail=hard)
+        metrics_pages = pages.MetricsPages(
+            self._registry,
+            configz=lambda: config.to_json(self._config),
+            flagz=lambda: self._settings.flag_values,
+            started_at=self._started_at,
+        )
+        serve(self._config.metrics_bind_address, metrics_pages.app, name="metrics", hard_fail=hard)
+
+    def _connect(self) -> api.Connection | None:
+        if self._settings.manifests:
+            return None
+        return api.connect(
+            kubeconfig=self._config.client_connection.kubeconfig,
+            master=self._settings.master,
+            user_agent=f"kubeproxy-py/{kubeproxy_py.__version__}",
+            metrics=self._metrics,
+        )
+
+    # Threads -------------------------------------------------------------------------------------
+
+    def _spawn(self, name: str, target: Callable[[], None]) -> None:
+        def guarded() -> None:
+            target()
+            if not self._stop.is_set():
+                self._fail(f"thread {name} ended")
+
+        thread = threading.Thread(target=guarded, name=name, daemon=True)
+        self._threads.append(thread)
+        thread.start()
+
+    def _spawn_watcher(self, kind: Kind) -> None:
+        assert self._connection is not None
+        watcher = watch.Watcher(
+            kind,
+            self._connection,
+            self._store,
+            self._report,
+            self._metrics,
+            stop=self._stop,
+            node_name=self._node_name,
+        )
+        self._spawn(f"watch-{kind}", watcher.run)
+
+    def _note_crash(self, args: threading.ExceptHookArgs) -> None:
+        name = args.thread.name if args.thread else "?"
+        if args.exc_value is not None:
+            log.error("thread.crashed", thread=name, exc_info=args.exc_value)
+        self._fail(f"thread {name} crashed: {args.exc_type.__name__}: {args.exc_value}")
+
+    def _fail(self, reason: str) -> None:
+        if self._failure is None:
+            self._failure = reason
+        self._stop.set()
+
+    def _stop_by_signal(self, number: int, _frame: FrameType | None) -> None:
+        log.info("daemon.stopping", signal=signal.Signals(number).name)
+        self._stop.set()
+
+    # Events from below -----------------------------------------------------------------------------
+
+    def _nudge(self, family: IPFamily) -> None:
+        loop = self._loops.get(family)
+        if loop is not None:
+            loop.nudge()
+
+    def _nudge_all(self) -> None:
+        for loop in self._loops.values():
+            loop.nudge()
+
+    def _report(self, problem: Problem) -> None:
+        self._metrics.invalid_objects.labels(problem.kind).inc()
+        log.warning(
+            "object.invalid",
+            kind=problem.kind,
+            namespace=problem.namespace,
+            name=problem.name[:_MAX_NAME],
+            field=problem.field,
+            message=problem.message,
+        )
+
+    def _report_listen_failure(self, service: ServiceName, port: int, error: str) -> None:
+        self._recorder.service_event(
+            service.namespace,
+            service.name,
+            event_type="Warning",
+            reason="FailedToStartServiceHealthcheck",
+            action="Listen",
+            note=f'node {self._node_name} failed to start healthcheck "{service}" on port {port}: '
+            f"{error}",
+        )
+
+    def _node_changed(self, node: Node) -> None:
+        self._health.set_node(eligible=node.is_eligible)
+        if self._pod_cidrs is None:
+            return
+        if self._config.detect_local_mode == "NodeCIDR" and node.pod_cidrs != self._pod_cidrs:
+            self._fail(
+                f"PodCIDRs changed for the node: {', '.join(node.pod_cidrs)} instead of "
+                f"{', '.join(self._pod_cidrs)}"
+            )
+
+    # Running and stopping ----------------------------------------------------------------------------
+
+    def _wait(self) -> None:
+        file = self._open_config_file()
+        tick_s = min(_TICK_S, self._notifier.watchdog_s or _TICK_S)
+        while not self._stop.wait(tick_s):
+            self._notifier.alive()
+            if file is not None and file.has_changed():
+                self._fail("content of the proxy server's configuration file was updated")
+        if file is not None:
+            file.close()
+
+    def _open_config_file(self) -> config_watch.ConfigFile | None:
+        return config_watch.ConfigFile(path) if (path := self._settings.config_file) else None
+
+    def _shut_down(self) -> None:
+        self._stop.set()
+        if self._connection is not None:
+            self._connection.close()
+        for undo in reversed(self._undo):
+            undo()
+        deadline = time.monotonic() + _STOP_S
+        for thread in self._threads:
+            thread.join(max(0.0, deadline - time.monotonic()))
+
+
+# What a log line shows of a name that may be megabytes long.
+_MAX_NAME: Final = 253
+
+
+def _ensure_counters() -> None:
+    host.ensure_counters()
+
+
+def _nothing() -> None:
+    pass

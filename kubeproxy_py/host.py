@@ -1,0 +1,140 @@
+"""
+This host, as ``run`` finds it: which families and backend work, which counters and sysctls there are.
+
+Learned once at start-up; what a command line may state instead is ``flags.HostFacts``.
+"""
+
+import socket
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+import msgspec
+import structlog
+
+from kubeproxy_py import hostnet, nfacct, rules
+from kubeproxy_py.config import KubeProxyConfiguration
+from kubeproxy_py.errors import BackendMissing, ConfigError, IptablesError, KubeProxyError
+from kubeproxy_py.iptables import runner
+from kubeproxy_py.metrics import Metrics
+from kubeproxy_py.model import IPFamily
+
+log = structlog.get_logger()
+
+_PROBE = "KUBE-PROXY-PROBE"
+
+
+class Host(msgspec.Struct, frozen=True):
+    """The kernel's tables of each family that works here."""
+
+    kernels: Mapping[IPFamily, runner.Iptables]
+    has_nfacct: bool
+
+    @property
+    def families(self) -> tuple[IPFamily, ...]:
+        return tuple(self.kernels)
+
+
+def node_name(override: str) -> str:
+    """Return the name of this node's Node object: *override*, else the host's name, lower case."""
+    name = (override or socket.gethostname()).strip().lower()
+    if not name:
+        raise ConfigError("empty hostname is invalid")
+    return name
+
+
+def choose_backend(wanted: str) -> runner.Backend:
+    """Return the backend a person asked for, or the one this host uses."""
+    for backend in runner.BACKENDS:
+        if wanted == backend:
+            return backend
+    families = [IPFamily.V4, *([IPFamily.V6] if hostnet.has_ipv6() else [])]
+    return runner.detect_backend(families)
+
+
+def find_kernels(
+    backend: runner.Backend, primary: IPFamily, metrics: Metrics
+) -> dict[IPFamily, runner.Iptables]:
+    """Return the families that work, V4 first; both if both do, whatever the cluster uses.
+
+    Raises KubeProxyError if the *primary* family does not work.
+    """
+    kernels: dict[IPFamily, runner.Iptables] = {}
+    failures: dict[IPFamily, str] = {}
+    for family in IPFamily:
+        if family is IPFamily.V6 and not hostnet.has_ipv6():
+            failures[family] = "this kernel has no IPv6"
+            continue
+        try:
+            programs = runner.find_programs(family, backend)
+            kernel = runner.Iptables(
+                programs,
+                observe_lock_wait=metrics.iptables_lock_wait.labels(family.value).observe,
+            )
+            kernel.check()
+        except (BackendMissing, IptablesError) as error:
+            failures[family] = str(error)
+        else:
+            kernels[family] = kernel
+    if not kernels:
+        why = "; ".join(failures.values())
+        raise KubeProxyError(f"iptables is not available on this host : {why}")
+    if primary not in kernels:
+        raise KubeProxyError(
+            f'no support for primary IP family "{primary.value}": {failures[primary]}'
+        )
+    for family, why in failures.items():
+        log.info("iptables.family_unavailable", ip_family=family.value, reason=why)
+    return kernels
+
+
+def has_nfacct(kernels: Mapping[IPFamily, runner.Iptables]) -> bool:
+    """Tell whether rules may use the counters: the kernel has them and the programs know the match."""
+    if not nfacct.supported() or not ensure_counters():
+        return False
+    text = (
+        f"*filter\n:{_PROBE} - [0:0]\n"
+        f"-A {_PROBE} -m nfacct --nfacct-name {rules.INVALID_DROPPED_COUNTER} -j DROP\nCOMMIT\n"
+    )
+    for kernel in kernels.values():
+        try:
+            kernel.restore(text, test=True)
+        except IptablesError as error:
+            log.info("nfacct.match_unavailable", ip_family=kernel.family.value, error=str(error))
+            return False
+    return True
+
+
+def ensure_counters() -> bool:
+    """Create the two counters if they are missing; tell whether both are there."""
+    names = (rules.INVALID_DROPPED_COUNTER, rules.LOCALHOST_NODE_PORTS_COUNTER)
+    return sum(nfacct.ensure(name) for name in names) == len(names)
+
+
+def addresses_of(family: IPFamily) -> Sequence[str]:
+    """Return this host's addresses of *family*; none, with an error logged, if that fails."""
+    try:
+        return [found.address for found in hostnet.local_addresses(family)]
+    except OSError as error:
+        log.error("hostnet.listing_failed", ip_family=family.value, error=str(error))  # noqa: TRY400 - netlink's words say it all
+        return ()
+
+
+def wait_until(
+    is_true: Callable[[], bool], is_stopped: Callable[[float], bool], limit_s: float
+) -> bool:
+    """Look once a second whether *is_true*, for *limit_s*; *is_stopped* waits and ends it early."""
+    deadline = time.monotonic() + limit_s
+    while not is_true():
+        if time.monotonic() >= deadline or is_stopped(min(1.0, limit_s)):
+            return False
+    return True
+
+
+def warn_if_unknown(config: KubeProxyConfiguration, *, is_known: bool) -> None:
+    """Say so if this node's IP could not be learned."""
+    if not is_known and config.bind_address:
+        log.info(
+            "node.ip_unknown",
+            message="Can't determine this node's IP, assuming loopback; if this is incorrect, "
+            "please set the --bind-address flag",
+        )

@@ -1,0 +1,81 @@
+"""
+Chains and rules as ``iptables-save`` text: reading them, and which of them are ours.
+
+Pure. A rule is its text without ``-A CHAIN``; a chain is a tuple of rules; equality is text equality.
+The tables are shared with the CNI plugin, the kubelet and the node's administrator: ``is_ours`` is
+the only judge of what may be written or deleted.
+"""
+
+from collections.abc import Iterable
+from typing import Final
+
+from kubeproxy_py.errors import IptablesError
+
+#: Chain name -> rules.
+Chains = dict[str, tuple[str, ...]]
+#: Table name -> chains.
+Tables = dict[str, Chains]
+
+_EXACT: Final = {
+    "filter": frozenset(
+        {
+            "KUBE-SERVICES",
+            "KUBE-EXTERNAL-SERVICES",
+            "KUBE-FORWARD",
+            "KUBE-NODEPORTS",
+            "KUBE-PROXY-FIREWALL",
+            "KUBE-PROXY-CANARY",
+        }
+    ),
+    "nat": frozenset(
+        {
+            "KUBE-SERVICES",
+            "KUBE-NODEPORTS",
+            "KUBE-POSTROUTING",
+            "KUBE-MARK-MASQ",
+            "KUBE-PROXY-CANARY",
+        }
+    ),
+    "mangle": frozenset({"KUBE-PROXY-CANARY"}),
+}
+_PREFIXES: Final = {
+    "nat": ("KUBE-SVC-", "KUBE-SVL-", "KUBE-SEP-", "KUBE-FW-", "KUBE-EXT-"),
+}
+BUILTIN: Final = frozenset({"PREROUTING", "INPUT", "FORWARD", "OUTPUT", "POSTROUTING"})
+
+
+def is_ours(table: str, chain: str) -> bool:
+    """Tell whether kube-proxy (and so we) own *chain*; KUBE-FIREWALL is shared with the kubelet."""
+    return chain in _EXACT.get(table, ()) or chain.startswith(_PREFIXES.get(table, ("\0",)))
+
+
+def parse_save(lines: Iterable[str]) -> Tables:
+    """Parse the output of ``iptables-save`` (any number of tables, with or without counters).
+
+    Raises IptablesError for a table that the program could not show: what is in it is not known.
+    """
+    tables: Tables = {}
+    rules: dict[str, list[str]] = {}
+    table = ""
+    for line in lines:
+        if line.startswith("["):
+            # Counters (iptables-save -c): [packets:bytes] -A CHAIN ...
+            line = line[line.index("]") + 2 :]  # noqa: PLW2901 - the rest is the line
+        if line.startswith("-A "):
+            _, chain, *rest = line.rstrip("\n").split(" ", 2)
+            rule = rest[0] if rest else ""
+            if "--nfacct-name  " in rule:
+                # iptables (1.8.9 at least) prints two spaces here.
+                rule = rule.replace("--nfacct-name  ", "--nfacct-name ")
+            rules[chain].append(rule)
+        elif line.startswith(":"):
+            rules[line[1 : line.index(" ")]] = []
+        elif line.startswith("*"):
+            table, rules = line[1:].strip(), {}
+        elif line.startswith("COMMIT"):
+            tables[table] = {chain: tuple(texts) for chain, texts in rules.items()}
+        elif "is incompatible" in line:
+            # Rules that only `nft` can show stand in iptables' own table.
+            said = line.strip().removeprefix("# ")
+            raise IptablesError(f"cannot read live rules: {said}")
+    return tables

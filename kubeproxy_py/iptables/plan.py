@@ -1,0 +1,250 @@
+"""
+Desired and live chains → Batches: the smallest change, in an order of which every prefix is safe.
+
+Pure. A restore is atomic per table section, not per input, and a big change is several inputs; so
+between any two sections packets must find either the old or the new way, never half of one:
+
+1. filter grows: rules that reject or drop match only what nat leaves undelivered, so they may come
+   before nat stops delivering, and must not go before nat delivers;
+2. nat: fixed chains, then each Service's own chains (all of them in one section), then the shared
+   chains that lead to them together with the jumps from built-in chains, then stale chains go;
+3. filter shrinks.
+
+Only chains that are ours are declared, rewritten or deleted; in built-in chains only our jumps are
+inserted.
+"""
+
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Final
+
+import msgspec
+
+from kubeproxy_py import rules
+from kubeproxy_py.dispatch import SHARED, ChainId
+from kubeproxy_py.iptables.chains import Chains, Tables, is_ours
+
+_SHARED_FILTER: Final = frozenset(chain.chain for chain in SHARED if chain.table == rules.FILTER)
+_SHARED_NAT: Final = frozenset(chain.chain for chain in SHARED if chain.table == rules.NAT)
+#: Shared with the kubelet: made if it is missing, because we jump to it, and else left alone.
+_ENSURED: Final = (ChainId(rules.FILTER, rules.FIREWALL),)
+
+
+class Section(msgspec.Struct, frozen=True):
+    """What one table is told in one restore input, atomically."""
+
+    table: str
+    write: Chains = msgspec.field(default_factory=dict)
+    insert: tuple[rules.Jump, ...] = ()
+    remove: tuple[rules.Jump, ...] = ()
+    delete: tuple[str, ...] = ()
+
+    def __bool__(self) -> bool:
+        return bool(self.write or self.insert or self.remove or self.delete)
+
+    @property
+    def rule_count(self) -> int:
+        """Return how many rules it writes."""
+        return sum(map(len, self.write.values()))
+
+    def lines(self) -> Iterator[str]:
+        yield f"*{self.table}"
+        # Declaring a chain empties it: chains to write start clean, chains to delete end empty.
+        for chain in (*self.write, *self.delete):
+            yield f":{chain} - [0:0]"
+        for chain, texts in self.write.items():
+            for text in texts:
+                yield f"-A {chain} {text}"
+        for jump in self.insert:
+            yield f"-I {jump.builtin} {jump.rule}"
+        for jump in self.remove:
+            yield f"-D {jump.builtin} {jump.rule}"
+        for chain in self.delete:
+            yield f"-X {chain}"
+        yield "COMMIT"
+
+
+class Batch(msgspec.Struct, frozen=True):
+    """One restore input."""
+
+    sections: tuple[Section, ...]
+
+    def render(self) -> str:
+        """Return the restore input."""
+        return "".join(f"{line}\n" for section in self.sections for line in section.lines())
+
+    def apply_to(self, live: Tables) -> None:
+        """Change *live* as the kernel is changed by this batch."""
+        for section in self.sections:
+            chains = live.setdefault(section.table, {})
+            chains.update(section.write)
+            for jump in section.insert:
+                chains[jump.builtin] = (jump.rule, *chains.get(jump.builtin, ()))
+            for jump in section.remove:
+                left = list(chains[jump.builtin])
+                left.remove(jump.rule)
+                chains[jump.builtin] = tuple(left)
+            for chain in section.delete:
+                chains.pop(chain, None)
+
+    def rule_count(self, table: str) -> int:
+        return sum(section.rule_count for section in self.sections if section.table == table)
+
+
+def plan(
+    desired: Tables,
+    live: Tables,
+    *,
+    groups: Iterable[Sequence[str]],
+    touched: frozenset[ChainId] | None = None,
+    max_rules: int | None = None,
+) -> list[Batch]:
+    """Return the batches that turn *live* into *desired*, to be run in this order.
+
+    Args:
+        desired: all chains that should exist.
+        live: what the kernel has, built-in and foreign chains included.
+        groups: nat chains by Service; those of one group change together, in this order.
+        touched: the only chains that can differ; None: any can.
+        max_rules: about how many rules a batch may write; None: all in one.
+    """
+    planner = _Planner(desired, live, touched)
+    sections = [
+        *planner.mangle(),
+        *planner.filter_before_nat(),
+        *planner.nat(groups),
+        *planner.filter_after_nat(),
+    ]
+    return list(_pack((section for section in sections if section), max_rules))
+
+
+class _Planner:
+    """The differences between desired and live, section by section."""
+
+    def __init__(self, desired: Tables, live: Tables, touched: frozenset[ChainId] | None) -> None:
+        self._desired = desired
+        self._live = live
+        self._touched = touched
+
+    def _changed(self, table: str) -> Chains:
+        """Return the chains of *table* to write."""
+        desired, live = self._desired.get(table, {}), self._live.get(table, {})
+        names: Iterable[str]
+        if self._touched is None:
+            names = desired
+        else:
+            names = [name for where, name in sorted(self._touched) if where == table]
+        return {
+            name: desired[name]
+            for name in names
+            if name in desired and live.get(name) != desired[name]
+        }
+
+    def _stale(self, table: str) -> tuple[str, ...]:
+        """Return the chains of ours in *table* that nobody wants any more."""
+        desired, live = self._desired.get(table, {}), self._live.get(table, {})
+        names: Iterable[str]
+        if self._touched is None:
+            names = live
+        else:
+            names = [name for where, name in self._touched if where == table and name in live]
+        return tuple(sorted(name for name in names if name not in desired and is_ours(table, name)))
+
+    def _missing_jumps(self, table: str) -> tuple[rules.Jump, ...]:
+        live = self._live.get(table, {})
+        return tuple(
+            jump
+            for jump in rules.JUMPS
+            if jump.table == table and jump.rule not in live.get(jump.builtin, ())
+        )
+
+    def mangle(self) -> Iterator[Section]:
+        yield Section(rules.MANGLE, self._changed(rules.MANGLE), delete=self._stale(rules.MANGLE))
+
+    def filter_before_nat(self) -> Iterator[Section]:
+        live = self._live.get(rules.FILTER, {})
+        write: Chains = {
+            chain: ()
+            for table, chain in _ENSURED
+            if chain not in live and chain not in self._desired.get(table, {})
+        }
+        for chain, texts in self._changed(rules.FILTER).items():
+            wanted = set(texts)
+            leaving = tuple(text for text in live.get(chain, ()) if text not in wanted)
+            if chain not in _SHARED_FILTER or not leaving:
+                write[chain] = texts
+            elif not wanted <= set(live.get(chain, ())):
+                write[chain] = (*texts, *leaving)
+        yield Section(rules.FILTER, write, self._missing_jumps(rules.FILTER))
+
+    def filter_after_nat(self) -> Iterator[Section]:
+        live = self._live.get(rules.FILTER, {})
+        write = {
+            chain: texts
+            for chain, texts in self._changed(rules.FILTER).items()
+            if chain in _SHARED_FILTER and not set(live.get(chain, ())) <= set(texts)
+        }
+        yield Section(rules.FILTER, write, delete=self._stale(rules.FILTER))
+
+    def nat(self, groups: Iterable[Sequence[str]]) -> Iterator[Section]:
+        changed = self._changed(rules.NAT)
+        own = {chain for chain in changed if chain.startswith(rules.PORT_CHAIN_PREFIXES)}
+        yield Section(
+            rules.NAT,
+            {
+                chain: texts
+                for chain, texts in changed.items()
+                if chain not in own and chain not in _SHARED_NAT
+            },
+        )
+        for group in groups:
+            write = {chain: changed[chain] for chain in group if chain in own}
+            own.difference_update(write)
+            yield Section(rules.NAT, write)
+        assert not own, f"chains without a group: {sorted(own)[:3]}"
+        yield Section(
+            rules.NAT,
+            {chain: texts for chain, texts in changed.items() if chain in _SHARED_NAT},
+            self._missing_jumps(rules.NAT),
+        )
+        # Alone for itself, so that a foreign rule which still refers to one of them (and makes the
+        # kernel refuse to delete it) can be told from a rule of ours that is refused.
+        for chain in self._stale(rules.NAT):
+            yield Section(rules.NAT, delete=(chain,))
+
+
+def _pack(sections: Iterable[Section], max_rules: int | None) -> Iterator[Batch]:
+    """Join sections into batches, neighbours of one table into one section.
+
+    iptables-nft-restore needs time in proportion to the square of its input, hence the limit.
+    """
+    packed: list[Section] = []
+    size = 0
+    for section in sections:
+        weight = section.rule_count + len(section.write) + len(section.delete)
+        if packed and max_rules is not None and size + weight > max_rules:
+            yield _batch(packed)
+            packed, size = [], 0
+        packed.append(section)
+        size += weight
+    if packed:
+        yield _batch(packed)
+
+
+def _batch(sections: Sequence[Section]) -> Batch:
+    return Batch(
+        tuple(
+            _join(table, list(neighbours))
+            for table, neighbours in itertools.groupby(sections, key=lambda section: section.table)
+        )
+    )
+
+
+def _join(table: str, sections: Sequence[Section]) -> Section:
+    return Section(
+        table,
+        {chain: texts for section in sections for chain, texts in section.write.items()},
+        tuple(jump for section in sections for jump in section.insert),
+        tuple(jump for section in sections for jump in section.remove),
+        tuple(chain for section in sections for chain in section.delete),
+    )

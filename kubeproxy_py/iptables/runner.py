@@ -1,0 +1,250 @@
+"""
+Runs iptables-save and iptables-restore of one family and backend, and says what their failures mean.
+
+No shell; binaries are found once, by absolute path. It must not decide what is written: it is given
+text and gives text. Whoever gets an IptablesError from ``restore`` has to assume nothing about the
+kernel's state and read it again.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import time
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Final, Literal, NamedTuple
+
+import structlog
+
+from kubeproxy_py.errors import BackendMissing, BatchRejected, IptablesError, LockTimeout
+from kubeproxy_py.iptables import chains, libiptc
+from kubeproxy_py.model import IPFamily
+
+log = structlog.get_logger()
+
+Backend = Literal["nft", "legacy"]
+BACKENDS: Final[tuple[Backend, ...]] = ("nft", "legacy")
+
+# The kubelet leaves these in `mangle` of the backend that it (and so the host) uses.
+_HINTS: Final = frozenset({"KUBE-IPTABLES-HINT", "KUBE-KUBELET-CANARY"})
+# As kube-proxy waits; other programs' locks are held for milliseconds, or by something broken.
+_LOCK_WAIT_S: Final = 5
+# A restore of 100,000 rules takes seconds; one that takes minutes hangs, and would hang for ever.
+_PROCESS_LIMIT_S: Final = 300
+# iptables' exit status for "resource problem", of which the lock is the commonest.
+_RESOURCE_PROBLEM: Final = 4
+# nft says "line 4: RULE_APPEND failed" when the kernel refuses a rule and "Error occurred at line: 4"
+# when the parser does; legacy says "line 4 failed".
+_LINE: Final = re.compile(r"\bline:? (\d+)")
+_VERSION: Final = re.compile(r"v(\d+(?:\.\d+)+)")
+# MASQUERADE --random-fully is understood from here on.
+_RANDOM_FULLY_SINCE: Final = (1, 6, 2)
+
+_PREFIX: Final = {IPFamily.V4: "iptables", IPFamily.V6: "ip6tables"}
+_LEGACY_TABLES: Final = {
+    IPFamily.V4: Path("/proc/net/ip_tables_names"),
+    IPFamily.V6: Path("/proc/net/ip6_tables_names"),
+}
+
+
+class Programs(NamedTuple):
+    """The programs of one family and backend, by absolute path."""
+
+    family: IPFamily
+    backend: Backend
+    save: str
+    restore: str
+    version: tuple[int, ...]
+
+    @property
+    def has_random_fully(self) -> bool:
+        return self.version >= _RANDOM_FULLY_SINCE
+
+
+def find_programs(family: IPFamily, backend: Backend) -> Programs:
+    """Find the programs; raises BackendMissing if they are not there or do not run."""
+    prefix = _PREFIX[family]
+    for names in ((f"{prefix}-{backend}", ""), (prefix, backend)):
+        program = shutil.which(names[0], path=search_path())
+        save = shutil.which(f"{names[0]}-save", path=search_path())
+        restore = shutil.which(f"{names[0]}-restore", path=search_path())
+        if not (program and save and restore):
+            continue
+        said = _run([program, "--version"]).stdout
+        found = _VERSION.search(said)
+        # Plain `iptables` is one of the two; before 1.8 there was only legacy, and it did not say.
+        is_nft = "nf_tables" in said
+        if found and (not names[1] or is_nft == (backend == "nft")):
+            version = tuple(map(int, found.group(1).split(".")))
+            return Programs(family, backend, save, restore, version)
+    raise BackendMissing(f"cannot find a working {prefix} for backend {backend}")
+
+
+def detect_backend(
+    families: Iterable[IPFamily], legacy_tables: Mapping[IPFamily, Path] = _LEGACY_TABLES
+) -> Backend:
+    """Find out which backend this host uses, as iptables-wrappers does.
+
+    The kubelet's hint chains decide; without them, the backend with more rules; nft if equal.
+    Writing into the other one would split the host's rules in two halves that do not see each other.
+    Raises BackendMissing if neither backend has working programs.
+    """
+    hints: dict[Backend, bool] = {}
+    counts: dict[Backend, int] = {}
+    for backend in BACKENDS:
+        for family in families:
+            try:
+                programs = find_programs(family, backend)
+            except BackendMissing:
+                continue
+            has_hint, count = _survey(programs, legacy_tables[family])
+            hints[backend] = hints.get(backend, False) or has_hint
+            counts[backend] = counts.get(backend, 0) + count
+    if not counts:
+        raise BackendMissing(
+            "cannot find working iptables programs of either backend, nft or legacy"
+        )
+    hinted = [backend for backend in BACKENDS if hints.get(backend)]
+    chosen = hinted[0] if hinted else max(counts, key=lambda backend: counts[backend])
+    log.info(
+        "iptables.backend_detected",
+        backend=chosen,
+        reason="kubelet's hint chains" if hinted else "number of rules",
+        rules=counts,
+    )
+    return chosen
+
+
+def has_legacy_tables(family: IPFamily) -> bool:
+    """Tell whether the kernel has legacy tables of *family* in this network namespace.
+
+    Looking into a legacy table creates it, and with it a hook that every packet passes: a table that
+    the kernel does not list has no rules, and should stay that way.
+    """
+    return bool(_legacy_tables(_LEGACY_TABLES[family]))
+
+
+def _legacy_tables(names: Path) -> list[str]:
+    try:
+        return names.read_text().split()
+    except OSError:
+        return []
+
+
+def _survey(programs: Programs, legacy_tables: Path) -> tuple[bool, int]:
+    """Return whether the kubelet's hints are there, and the number of rules."""
+    if programs.backend == "legacy":
+        names = _legacy_tables(legacy_tables)
+        if not names:
+            return False, 0
+        if "mangle" in names and libiptc.has_any_chain(programs.family, "mangle", _HINTS):
+            return True, 0
+    try:
+        tables = Iptables(programs).save()
+    except IptablesError as error:
+        log.warning("iptables.survey_failed", backend=programs.backend, error=str(error))
+        return False, 0
+    has_hint = not _HINTS.isdisjoint(tables.get("mangle", {}))
+    return has_hint, sum(len(rules) for table in tables.values() for rules in table.values())
+
+
+class Iptables:
+    """The kernel's tables of one family, through one backend's programs."""
+
+    def __init__(
+        self,
+        programs: Programs,
+        *,
+        lock_wait_s: int = _LOCK_WAIT_S,
+        observe_lock_wait: Callable[[float], None] | None = None,
+    ) -> None:
+        self.programs = programs
+        self.family = programs.family
+        self.backend = programs.backend
+        self._lock_wait_s = lock_wait_s
+        self._observe_lock_wait = observe_lock_wait
+
+    def check(self) -> None:
+        """Raise IptablesError unless nat, without which there are no Services, can be read."""
+        argv = [self.programs.save, "-t", "nat"]
+        done = _run(argv)
+        if done.returncode:
+            raise _error(argv, done.returncode, done.stderr)
+
+    def save(self) -> chains.Tables:
+        """Read all tables there are. Raises IptablesError if that is not possible."""
+        argv = [self.programs.save]
+        # Parsed as it comes: the text of a big node is tens of megabytes, and not needed whole.
+        with subprocess.Popen(  # noqa: S603 - fixed argv, no shell
+            argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace"
+        ) as process:
+            assert process.stdout is not None
+            assert process.stderr is not None
+            tables = chains.parse_save(process.stdout)
+            said = process.stderr.read()
+        if process.returncode:
+            raise _error(argv, process.returncode, said)
+        return tables
+
+    def restore(self, text: str, *, test: bool = False) -> None:
+        """Commit a restore input, leaving alone what it does not name.
+
+        Args:
+            text: the input.
+            test: parse and build it, but commit nothing.
+
+        Raises:
+            LockTimeout: somebody holds the xtables lock; nothing was changed.
+            BatchRejected: a rule was refused; tables before it in the input may be changed.
+            IptablesError: anything else.
+        """
+        argv = [self.programs.restore, "-w", str(self._lock_wait_s), "--noflush"]
+        if test:
+            argv.append("--test")
+        started = time.monotonic()
+        done = _run(argv, text)
+        if done.returncode:
+            raise _error(argv, done.returncode, done.stderr, text)
+        if self._observe_lock_wait is not None and "Another app" in done.stderr:
+            self._observe_lock_wait(time.monotonic() - started)
+
+
+def search_path() -> str:
+    """Return where programs are looked for."""
+    # Daemons are often started with a PATH that lacks sbin.
+    return os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/sbin", "/usr/bin", "/bin"])
+
+
+def _run(argv: list[str], text: str | None = None) -> subprocess.CompletedProcess[str]:
+    try:
+        return subprocess.run(  # noqa: S603 - fixed argv, no shell
+            argv,
+            input=text,
+            stdin=subprocess.DEVNULL if text is None else None,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=_PROCESS_LIMIT_S,
+            check=False,
+        )
+    except subprocess.TimeoutExpired as error:
+        raise IptablesError(
+            f"cannot wait longer than {_PROCESS_LIMIT_S} s for {argv[0]}"
+        ) from error
+    except OSError as error:
+        raise IptablesError(f"cannot run {argv[0]}: {error.strerror}") from error
+
+
+def _error(argv: list[str], status: int, said: str, batch: str = "") -> IptablesError:
+    reason = " ".join(said.split()) or f"exit status {status}"
+    if "holding the xtables lock" in said or (
+        status == _RESOURCE_PROBLEM and "lock" in said.lower()
+    ):
+        return LockTimeout(f"cannot get the xtables lock: {reason}")
+    if "Permission denied" in said or "you must be root" in said:
+        return IptablesError(f"cannot use {argv[0]}: {reason}")
+    if batch:
+        found = _LINE.search(said)
+        return BatchRejected(reason, batch=batch, line=int(found.group(1)) if found else None)
+    return IptablesError(f"cannot run {argv[0]}: {reason}")

@@ -1,0 +1,225 @@
+"""
+The desired state of one family: the union of all ServicePorts' Fragments and the fixed chains.
+
+Pure, and a fold: whatever the order of changes, the result is what building from nothing gives
+(tests/unit/test_ruleset.py). A change of k Services costs k Fragments and the shared chains they
+have entries in. The chains touched since the last sync are remembered for the planner.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Final
+
+import msgspec
+
+from kubeproxy_py import dispatch, rules
+from kubeproxy_py.dispatch import ChainId
+from kubeproxy_py.iptables.chains import Tables
+from kubeproxy_py.model import PortKey, ServiceName, ServicePortName, ServiceState
+
+#: Programmed before all others: without the API and DNS nothing else in a cluster gets up.
+_FIRST: Final = (
+    ServiceName("default", "kubernetes"),
+    ServiceName("kube-system", "kube-dns"),
+    ServiceName("kube-system", "coredns"),
+)
+
+
+class HealthCheck(msgspec.Struct, frozen=True):
+    """What a Service's health check node port answers."""
+
+    port: int
+    #: Distinct IPs of ready endpoints on this node, over all ports of the Service.
+    local_endpoints: int
+
+
+class _Service(msgspec.Struct, frozen=True):
+    """What is kept of a Service: its Fragments, and the numbers that others ask for."""
+
+    fragments: dict[PortKey, rules.Fragment]
+    endpoints: int
+    health_check: HealthCheck | None
+
+    @property
+    def lacking(self) -> tuple[int, int]:
+        fragments = self.fragments.values()
+        return (
+            sum(fragment.lacks_internal for fragment in fragments),
+            sum(fragment.lacks_external for fragment in fragments),
+        )
+
+
+_NO_SERVICE: Final = _Service({}, 0, None)
+
+
+class Ruleset:
+    """Desired chains, by table."""
+
+    def __init__(self, options: rules.Options) -> None:
+        self.options = options
+        #: Everything we want to be there, including chains without rules.
+        self.tables: Tables = {}
+        #: Chains that changed since ``take_touched``.
+        self._touched: set[ChainId] = set()
+        self._services: dict[ServiceName, _Service] = {}
+        self._dispatch = dispatch.FlatDispatch()
+        self._rule_counts: dict[str, int] = {rules.FILTER: 0, rules.NAT: 0, rules.MANGLE: 0}
+        self._endpoints = 0
+        self._lacking = (0, 0)
+        self._health_checks: dict[ServiceName, HealthCheck] = {}
+        self._udp: dict[ServiceName, ServiceState] = {}
+        self._apply_options()
+        self._apply_dispatch()
+
+    # Changing ------------------------------------------------------------------------------------
+
+    def apply(self, states: Mapping[ServiceName, ServiceState | None]) -> None:
+        """Let *states* be what is known of these Services; None: gone."""
+        for name, state in states.items():
+            self._replace(name, state)
+        self._apply_dispatch()
+
+    def rebuild(self, options: rules.Options, states: Mapping[ServiceName, ServiceState]) -> None:
+        """Let *options* hold, and *states* be all Services there are."""
+        self.options = options
+        self._apply_options()
+        gone = dict.fromkeys(name for name in self._services if name not in states)
+        self.apply({**gone, **states})
+
+    def set_node_port_addresses(self, addresses: tuple[str, ...]) -> None:
+        """Let node ports be served on these local addresses."""
+        self.options = msgspec.structs.replace(self.options, node_port_addresses=addresses)
+        self._dispatch.set_tail(rules.node_port_jumps(self.options))
+        self._apply_dispatch()
+
+    def _apply_options(self) -> None:
+        for table, chains in rules.fixed_chains(self.options).items():
+            for chain, texts in chains.items():
+                self._set(ChainId(table, chain), texts)
+        self._dispatch.set_tail(rules.node_port_jumps(self.options))
+
+    def _apply_dispatch(self) -> None:
+        for chain, texts in self._dispatch.take_changed().items():
+            self._set(chain, texts)
+
+    def _replace(self, name: ServiceName, state: ServiceState | None) -> None:
+        old = self._services.pop(name, _NO_SERVICE)
+        new = _NO_SERVICE if state is None else self._build(state)
+        if state is not None:
+            self._services[name] = new
+        if new.health_check is not None:
+            self._health_checks[name] = new.health_check
+        else:
+            self._health_checks.pop(name, None)
+        if state is not None and any(key.protocol == "udp" for key in state.ports):
+            self._udp[name] = state
+        else:
+            self._udp.pop(name, None)
+        internal, external = (
+            total + now - was
+            for total, now, was in zip(self._lacking, new.lacking, old.lacking, strict=True)
+        )
+        self._lacking = (internal, external)
+        self._endpoints += new.endpoints - old.endpoints
+        before, after = old.fragments, new.fragments
+        for key, fragment in before.items():
+            kept = after[key].chains if key in after else {}
+            for chain in fragment.chains:
+                if chain not in kept:
+                    self._drop(ChainId(rules.NAT, chain))
+        for key, fragment in after.items():
+            for chain, texts in fragment.chains.items():
+                self._set(ChainId(rules.NAT, chain), texts)
+            self._dispatch.replace(_port_name(name, key), fragment.entries)
+        for key in before.keys() - after.keys():
+            self._dispatch.replace(_port_name(name, key), ())
+
+    def _build(self, state: ServiceState) -> _Service:
+        fragments = {
+            key: rules.build(port, state.endpoints.get(key, ()), self.options)
+            for key, port in state.ports.items()
+        }
+        endpoints = sum(len(state.endpoints.get(key, ())) for key in state.ports)
+        return _Service(fragments, endpoints, _health_check(state))
+
+    def _set(self, chain: ChainId, texts: tuple[str, ...]) -> None:
+        chains = self.tables.setdefault(chain.table, {})
+        old = chains.get(chain.chain)
+        if old != texts:
+            chains[chain.chain] = texts
+            self._rule_counts[chain.table] += len(texts) - len(old or ())
+            self._touched.add(chain)
+
+    def _drop(self, chain: ChainId) -> None:
+        old = self.tables[chain.table].pop(chain.chain)
+        self._rule_counts[chain.table] -= len(old)
+        self._touched.add(chain)
+
+    # Asking --------------------------------------------------------------------------------------
+
+    def take_touched(self) -> frozenset[ChainId]:
+        """Return the chains that changed, or went, since this was last called."""
+        touched = frozenset(self._touched)
+        self._touched.clear()
+        return touched
+
+    def groups(self, names: Iterable[ServiceName] | None = None) -> Iterator[tuple[str, ...]]:
+        """Yield the nat chains of each Service (of *names*, or all), the most important first.
+
+        Chains of one group refer to each other and therefore change in one batch.
+        """
+        wanted = sorted(
+            (name for name in names if name in self._services)
+            if names is not None
+            else self._services,
+            key=lambda name: (name not in _FIRST, name),
+        )
+        for name in wanted:
+            fragments = self._services[name].fragments.values()
+            yield tuple(chain for fragment in fragments for chain in fragment.chains)
+
+    @property
+    def is_large(self) -> bool:
+        """Tell whether kube-proxy would call this a large cluster."""
+        return self._endpoints > rules.LARGE_CLUSTER_ENDPOINTS
+
+    @property
+    def service_count(self) -> int:
+        return len(self._services)
+
+    @property
+    def endpoint_count(self) -> int:
+        """Endpoints, counted once for every ServicePort that has them."""
+        return self._endpoints
+
+    def rule_count(self, table: str) -> int:
+        """Return how many rules of ours *table* has, without the jumps from built-in chains."""
+        return self._rule_counts[table]
+
+    def lacking_local(self) -> tuple[int, int]:
+        """Count ServicePorts whose (internal, external) Local policy finds no endpoint here."""
+        return self._lacking
+
+    def health_checks(self) -> dict[ServiceName, HealthCheck]:
+        """Return the health checks of the Services that have a node port for them."""
+        return dict(self._health_checks)
+
+    def udp_services(self) -> list[ServiceState]:
+        """Return the Services that have a UDP port, for conntrack."""
+        return list(self._udp.values())
+
+
+def _health_check(state: ServiceState) -> HealthCheck | None:
+    port = max((port.health_check_node_port for port in state.ports.values()), default=0)
+    if not port:
+        return None
+    local_ready = {
+        ep.ip
+        for endpoints in state.endpoints.values()
+        for ep in endpoints
+        if ep.is_local and ep.ready
+    }
+    return HealthCheck(port, len(local_ready))
+
+
+def _port_name(name: ServiceName, key: PortKey) -> ServicePortName:
+    return ServicePortName(name.namespace, name.name, key.name, key.protocol)

@@ -1,0 +1,294 @@
+"""
+The only mutable cluster state: API objects in, changed Services out, per IP family.
+
+It must not know what rules are made of it. The invariant it guards: what ``take`` has handed out so
+far, one over the other, is what the objects put in so far mean; a change is handed out at least once
+after it was put in, and nothing is handed out before Services and EndpointSlices were listed completely.
+"""
+
+import threading
+import time
+from collections.abc import Callable, Collection, Iterable
+
+import msgspec
+
+from kubeproxy_py import objects, records
+from kubeproxy_py.metrics import Metrics
+from kubeproxy_py.model import (
+    IPFamily,
+    Kind,
+    Node,
+    PortKey,
+    Problem,
+    ServiceName,
+    ServicePort,
+    ServiceState,
+)
+
+Report = Callable[[Problem], None]
+
+
+class Changes(msgspec.Struct, frozen=True):
+    """What changed for one family since the last time; None: the Service is gone."""
+
+    services: dict[ServiceName, ServiceState | None]
+    #: All there is, so that what is not in ``services`` is gone.
+    is_everything: bool
+    zone: str
+    #: Unix times at which the changes in it were triggered, for the programming latency.
+    trigger_times: tuple[float, ...]
+    #: Endpoints of a UDP port changed: stale conntrack entries may exist.
+    has_udp: bool
+
+
+class _Family:
+    """One family's half of the store."""
+
+    def __init__(self) -> None:
+        self.ports: dict[ServiceName, dict[PortKey, ServicePort]] = {}
+        self.slices: dict[ServiceName, dict[str, records.SliceRecord]] = {}
+        self.dirty: dict[ServiceName, None] = {}
+        self.dirty_services = 0
+        self.triggers: dict[ServiceName, list[float]] = {}
+        self.has_udp = False
+        # The first taking is always of everything.
+        self.is_everything_due = True
+
+    def state(self, name: ServiceName) -> ServiceState | None:
+        ports = self.ports.get(name)
+        if ports is None:
+            return None
+        slices = self.slices.get(name, {})
+        return ServiceState(ports, records.merge_slices(slices[key] for key in sorted(slices)))
+
+
+class Store:
+    """Objects in, immutable changes out. All methods may be called from any thread."""
+
+    def __init__(
+        self,
+        *,
+        node_name: str,
+        families: Collection[IPFamily],
+        metrics: Metrics,
+        report: Report,
+        changed: Callable[[IPFamily], None],
+        node_changed: Callable[[Node], None],
+        allow_external_ips: bool = True,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        """Call *changed* when a family has something to sync, outside the lock."""
+        self._node_name = node_name
+        self._metrics = metrics
+        self._report = report
+        self._changed = changed
+        self._node_changed = node_changed
+        self._allow_external_ips = allow_external_ips
+        # Changes triggered before this process looked are nobody's latency.
+        self._started = clock()
+
+        self._lock = threading.Lock()
+        # Guarded by the lock:
+        self._families = {family: _Family() for family in families}
+        self._slice_owners: dict[tuple[str, str], tuple[IPFamily, ServiceName]] = {}
+        self._listed: set[Kind] = set()
+        self._node: Node | None = None
+        self._zone = ""
+
+    # In ------------------------------------------------------------------------------------------
+
+    def replace(self, kind: Kind, objects: Iterable[objects.Object]) -> None:
+        """Take *objects* as all there are of *kind*."""
+        seen = set()
+        for obj in objects:
+            seen.add((obj.metadata.namespace, obj.metadata.name))
+            self.upsert(kind, obj)
+        with self._lock:
+            known: Iterable[tuple[str, str]]
+            if kind == "Service":
+                known = {name for family in self._families.values() for name in family.ports}
+            elif kind == "EndpointSlice":
+                known = set(self._slice_owners)
+            else:
+                known = ()
+            gone = [key for key in known if tuple(key) not in seen]
+        for namespace, name in gone:
+            self.delete(kind, namespace, name)
+        with self._lock:
+            was_synced = self._is_synced()
+            self._listed.add(kind)
+            families = tuple(self._families) if self._is_synced() and not was_synced else ()
+        self._notify(families)
+
+    def upsert(self, kind: Kind, obj: objects.Object) -> None:  # noqa: ARG002 - the Sink's signature
+        """Add *obj* or put it in the place of its predecessor."""
+        if isinstance(obj, objects.Service):
+            self._upsert_service(obj)
+        elif isinstance(obj, objects.EndpointSlice):
+            self._upsert_slice(obj)
+        elif obj.metadata.name == self._node_name:
+            self._upsert_node(records.node_record(obj))
+
+    def delete(self, kind: Kind, namespace: str, name: str) -> None:
+        """Remove the object; one that is not known is no error."""
+        if kind == "Service":
+            self._put_service(records.ServiceRecord(ServiceName(namespace, name), {}))
+        elif kind == "EndpointSlice":
+            self._put_slice((namespace, name), None)
+        # A Node that is deleted keeps its last verdict, as kube-proxy's does: the process will be
+        # gone before the rules could matter, and if not, the API was wrong.
+
+    def _upsert_service(self, service: objects.Service) -> None:
+        record = records.service_record(service, allow_external_ips=self._allow_external_ips)
+        for problem in record.problems:
+            self._report(problem)
+        self._put_service(record)
+
+    def _put_service(self, record: records.ServiceRecord) -> None:
+        nudged = []
+        with self._lock:
+            for family, half in self._families.items():
+                self._metrics.service_changes.inc()
+                ports = record.ports.get(family)
+                if ports == half.ports.get(record.name):
+                    continue
+                if ports is None:
+                    del half.ports[record.name]
+                else:
+                    half.ports[record.name] = ports
+                half.dirty[record.name] = None
+                half.dirty_services += 1
+                self._metrics.service_changes_pending.set(half.dirty_services)
+                nudged.append(family)
+            if not self._is_synced():
+                nudged = []
+        self._notify(nudged)
+
+    def _upsert_slice(self, eps: objects.EndpointSlice) -> None:
+        record, problems = records.slice_record(eps, node_name=self._node_name)
+        for problem in problems:
+            self._report(problem)
+        if record is not None and record.family not in self._families:
+            record = None
+        self._put_slice((eps.metadata.namespace, eps.metadata.name), record)
+
+    def _put_slice(self, key: tuple[str, str], record: records.SliceRecord | None) -> None:
+        nudged: set[IPFamily] = set()
+        with self._lock:
+            owner = self._slice_owners.get(key)
+            if owner is None and record is None:
+                return
+            self._metrics.endpoint_changes.inc()
+            if owner is not None and (record is None or owner != (record.family, record.service)):
+                # Gone, or it has been given to another Service: that one must not keep it.
+                family, service = owner
+                self._drop_slice(family, service, key)
+                nudged.add(family)
+            if record is not None:
+                half = self._families[record.family]
+                slices = half.slices.setdefault(record.service, {})
+                old = slices.get(key[1])
+                if old != record:
+                    slices[key[1]] = record
+                    self._slice_owners[key] = (record.family, record.service)
+                    self._mark_endpoints(half, record.service, old, record)
+                    nudged.add(record.family)
+            if nudged:
+                self._metrics.endpoint_changes_pending.inc()
+            if not self._is_synced():
+                nudged.clear()
+        self._notify(nudged)
+
+    def _drop_slice(self, family: IPFamily, service: ServiceName, key: tuple[str, str]) -> None:
+        half = self._families[family]
+        slices = half.slices[service]
+        old = slices.pop(key[1])
+        if not slices:
+            del half.slices[service]
+        del self._slice_owners[key]
+        # A slice that is deleted tells no time: when its Service's endpoints went is not known.
+        half.triggers.pop(service, None)
+        self._mark_endpoints(half, service, old, None)
+
+    def _mark_endpoints(
+        self,
+        half: _Family,
+        service: ServiceName,
+        old: records.SliceRecord | None,
+        new: records.SliceRecord | None,
+    ) -> None:
+        half.dirty[service] = None
+        half.has_udp = half.has_udp or any(
+            record is not None and record.has_udp for record in (old, new)
+        )
+        if new is not None and new.trigger_time is not None and new.trigger_time > self._started:
+            half.triggers.setdefault(service, []).append(new.trigger_time)
+
+    def _upsert_node(self, node: Node) -> None:
+        with self._lock:
+            if node == self._node:
+                return
+            self._node = node
+            families: tuple[IPFamily, ...] = ()
+            if node.zone != self._zone:
+                self._zone = node.zone
+                families = tuple(self._families)
+                for half in self._families.values():
+                    half.is_everything_due = True
+        self._node_changed(node)
+        self._notify(families)
+
+    def _notify(self, families: Iterable[IPFamily]) -> None:
+        for family in families:
+            self._changed(family)
+
+    # Out -----------------------------------------------------------------------------------------
+
+    @property
+    def is_synced(self) -> bool:
+        """Tell whether Services and EndpointSlices have both been listed completely."""
+        with self._lock:
+            return self._is_synced()
+
+    def has_listed(self, kind: Kind) -> bool:
+        """Tell whether *kind* has been listed completely."""
+        with self._lock:
+            return kind in self._listed
+
+    def _is_synced(self) -> bool:
+        return {"Service", "EndpointSlice"} <= self._listed
+
+    @property
+    def node(self) -> Node | None:
+        """Return the own Node, or None as long as it was never seen."""
+        with self._lock:
+            return self._node
+
+    def take(self, family: IPFamily, *, everything: bool = False) -> Changes | None:
+        """Hand out what changed since the last time; None before everything was listed.
+
+        Args:
+            family: whose changes.
+            everything: all Services, whether they changed or not.
+        """
+        with self._lock:
+            if not self._is_synced():
+                return None
+            half = self._families[family]
+            is_everything = everything or half.is_everything_due
+            names = half.ports if is_everything else half.dirty
+            changes = Changes(
+                {name: half.state(name) for name in names},
+                is_everything,
+                self._zone,
+                tuple(time for times in half.triggers.values() for time in times),
+                half.has_udp,
+            )
+            half.dirty = {}
+            half.dirty_services = 0
+            half.triggers = {}
+            half.has_udp = False
+            half.is_everything_due = False
+            self._metrics.service_changes_pending.set(0)
+            self._metrics.endpoint_changes_pending.set(0)
+            return changes

@@ -1,0 +1,355 @@
+"""
+The recipe: changed Services → desired chains → batches → kernel, for one family.
+
+It decides nothing itself: what rules there should be (``ruleset``), what must be written
+(``iptables.plan``) and when (``pacer``) are other modules' business. The invariant it guards: after
+an error nothing is assumed about the kernel; it is read again before anything is written.
+"""
+
+import threading
+import time
+from collections.abc import Callable, Collection
+from typing import Final, Protocol
+
+import msgspec
+import structlog
+
+from kubeproxy_py import conntrack, rules
+from kubeproxy_py.dispatch import ChainId
+from kubeproxy_py.errors import IptablesError, LockTimeout
+from kubeproxy_py.iptables import chains, plan
+from kubeproxy_py.metrics import Metrics
+from kubeproxy_py.model import IPFamily, ServiceName
+from kubeproxy_py.pacer import Outcome, Pacer
+from kubeproxy_py.ruleset import HealthCheck, Ruleset
+from kubeproxy_py.store import Changes, Store
+
+log = structlog.get_logger()
+
+# iptables-nft-restore takes time in proportion to the square of its input: 100 Services with five
+# endpoints each (2,200 rules) a batch are near the optimum (benchmarks/).
+NFT_BATCH_RULES: Final = 2500
+_TABLES: Final = (rules.FILTER, rules.NAT)
+# A flush makes thousands drift; the first few tell what happened.
+_NAMED_CHAINS: Final = 10
+
+
+class Kernel(Protocol):
+    """What a Syncer needs of ``iptables.runner.Iptables``."""
+
+    def save(self) -> chains.Tables: ...
+    def restore(self, text: str) -> None: ...
+
+
+class Health(Protocol):
+    """What a sync tells the health server."""
+
+    def started(self, family: IPFamily) -> None: ...
+    def queued(self, family: IPFamily) -> None: ...
+    def updated(self, family: IPFamily) -> None: ...
+
+
+class Effects(msgspec.Struct, frozen=True, kw_only=True):
+    """What happens around a sync, each a function so that a test can look on."""
+
+    #: Local addresses on which node ports are served; None: all, by the kernel's own judgement.
+    node_port_addresses: Callable[[], tuple[str, ...] | None]
+    #: Called before the first rules are written and whenever the kernel has been read again.
+    prepare: Callable[[], None]
+    #: Called after each successful sync with the health check node ports there should be.
+    publish_health_checks: Callable[[dict[ServiceName, HealthCheck]], None]
+    #: Called after a successful sync if UDP endpoints changed; must not block.
+    clean_conntrack: Callable[[Callable[[], conntrack.Frontends]], None]
+
+
+class SyncResult(msgspec.Struct, frozen=True, kw_only=True):
+    """What one sync did."""
+
+    is_full: bool
+    batches: int
+    rules_written: dict[str, int]
+    chains_written: int
+    chains_deleted: int
+    seconds: float
+
+
+class Syncer:
+    """Programs one family."""
+
+    def __init__(
+        self,
+        family: IPFamily,
+        *,
+        store: Store,
+        ruleset: Ruleset,
+        kernel: Kernel,
+        max_batch_rules: int | None,
+        effects: Effects,
+        metrics: Metrics,
+        clock: Callable[[], float] = time.monotonic,
+        wall_clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._family = family
+        self._store = store
+        self._ruleset = ruleset
+        self._kernel = kernel
+        self._max_batch_rules = max_batch_rules
+        self._effects = effects
+        self._metrics = metrics
+        self._clock = clock
+        self._wall_clock = wall_clock
+        # What the kernel has; None: unknown.
+        self._live: chains.Tables | None = None
+        # The last sync left the kernel as desired: what differs when it is read, others changed.
+        self._is_auditing = False
+        # Outlive failed syncs: what they ask for is still to be done.
+        self._trigger_times: list[float] = []
+        self._has_stale_udp = False
+
+    def forget_live(self) -> None:
+        """Let the next sync read the kernel and repair whatever differs."""
+        self._is_auditing = self._is_auditing or self._live is not None
+        self._live = None
+
+    def sync(self) -> SyncResult | None:
+        """Run one sync from beginning to end; None before everything was listed.
+
+        Raises IptablesError if the rules could not be read, or not be written completely.
+        """
+        started = self._clock()
+        changes = self._store.take(self._family)
+        if changes is None:
+            return None
+        self._trigger_times += changes.trigger_times
+        self._has_stale_udp = self._has_stale_udp or changes.has_udp
+        names = self._update_ruleset(changes)
+        is_full = self._live is None
+        try:
+            result = self._write(names, started)
+        except IptablesError:
+            self._live = None
+            self._is_auditing = False
+            self._metrics.restore_failures.labels(self._family.value).inc()
+            if not is_full:
+                self._metrics.partial_restore_failures.labels(self._family.value).inc()
+            self._observe(is_full=is_full, seconds=self._clock() - started)
+            raise
+        self._observe(is_full=is_full, seconds=result.seconds)
+        self._finish(result)
+        return result
+
+    def _update_ruleset(self, changes: Changes) -> Collection[ServiceName] | None:
+        """Take *changes* in; return the Services whose chains may differ, or None: all."""
+        ruleset = self._ruleset
+        names: Collection[ServiceName] | None = changes.services
+        if changes.is_everything:
+            names = None
+            self._rebuild(changes)
+        else:
+            ruleset.apply(changes.services)
+        if ruleset.is_large != ruleset.options.is_large:
+            names = None
+            everything = self._store.take(self._family, everything=True)
+            assert everything is not None
+            self._trigger_times += everything.trigger_times
+            self._has_stale_udp = self._has_stale_udp or everything.has_udp
+            self._rebuild(everything)
+        addresses = self._effects.node_port_addresses()
+        if addresses is not None:
+            ruleset.set_node_port_addresses(addresses)
+        return names
+
+    def _rebuild(self, changes: Changes) -> None:
+        options = msgspec.structs.replace(
+            self._ruleset.options, zone=changes.zone, is_large=self._ruleset.is_large
+        )
+        states = {name: state for name, state in changes.services.items() if state is not None}
+        self._ruleset.rebuild(options, states)
+
+    def _write(self, names: Collection[ServiceName] | None, started: float) -> SyncResult:
+        asked_for = self._ruleset.take_touched()
+        touched: frozenset[ChainId] | None = asked_for
+        is_full = self._live is None
+        if self._live is None:
+            self._effects.prepare()
+            self._live = self._kernel.save()
+            touched = names = None
+        batches = plan.plan(
+            self._ruleset.tables,
+            self._live,
+            groups=self._ruleset.groups(names),
+            touched=touched,
+            max_rules=self._max_batch_rules,
+        )
+        for batch in batches:
+            text = batch.render()
+            self._kernel.restore(text)
+            batch.apply_to(self._live)
+            self._metrics.iptables_restores.labels(self._family.value).inc()
+            self._metrics.iptables_restore_lines.labels(self._family.value).inc(text.count("\n"))
+        if is_full:
+            _adopt(self._live, self._ruleset.tables)
+        if self._is_auditing:
+            self._is_auditing = False
+            self._tell_drift(batches, asked_for)
+        sections = [section for batch in batches for section in batch.sections]
+        return SyncResult(
+            is_full=is_full,
+            batches=len(batches),
+            rules_written={
+                table: sum(batch.rule_count(table) for batch in batches) for table in _TABLES
+            },
+            chains_written=sum(len(section.write) for section in sections),
+            chains_deleted=sum(len(section.delete) for section in sections),
+            seconds=self._clock() - started,
+        )
+
+    def _tell_drift(self, batches: list[plan.Batch], asked_for: frozenset[ChainId]) -> None:
+        """Log and count the chains that were written though no change of ours asked for it."""
+        for section in (section for batch in batches for section in batch.sections):
+            drifted = sorted(
+                {*section.write, *section.delete, *(jump.builtin for jump in section.insert)}
+                - {chain for table, chain in asked_for if table == section.table}
+            )
+            if drifted:
+                self._metrics.iptables_chains_repaired.labels(
+                    section.table, self._family.value
+                ).inc(len(drifted))
+                log.warning(
+                    "drift.repaired",
+                    ip_family=self._family.value,
+                    table=section.table,
+                    count=len(drifted),
+                    chains=drifted[:_NAMED_CHAINS],
+                )
+
+    def _finish(self, result: SyncResult) -> None:
+        family, ruleset, metrics = self._family.value, self._ruleset, self._metrics
+        now = self._wall_clock()
+        for triggered in self._trigger_times:
+            metrics.network_programming_duration.labels(family).observe(max(0.0, now - triggered))
+        self._trigger_times = []
+        metrics.sync_last_timestamp.labels(family).set(now)
+        for table in _TABLES:
+            metrics.iptables_rules_total.labels(table, family).set(ruleset.rule_count(table))
+            metrics.iptables_rules_last.labels(table, family).set(result.rules_written[table])
+        internal, external = ruleset.lacking_local()
+        metrics.no_local_endpoints.labels("internal", family).set(internal)
+        metrics.no_local_endpoints.labels("external", family).set(external)
+        self._effects.publish_health_checks(ruleset.health_checks())
+        if self._has_stale_udp:
+            # After the restore: before it, the next packet would make the entry anew.
+            self._has_stale_udp = False
+            services = ruleset.udp_services()
+            self._effects.clean_conntrack(lambda: conntrack.frontends(services))
+        say = log.info if result.batches else log.debug
+        say(
+            "sync.completed",
+            ip_family=family,
+            full=result.is_full,
+            services=ruleset.service_count,
+            endpoints=ruleset.endpoint_count,
+            restores=result.batches,
+            chains_written=result.chains_written,
+            chains_deleted=result.chains_deleted,
+            duration_s=round(result.seconds, 4),
+        )
+
+    def _observe(self, *, is_full: bool, seconds: float) -> None:
+        family = self._family.value
+        self._metrics.sync_duration.labels(family).observe(seconds)
+        kind = self._metrics.sync_full_duration if is_full else self._metrics.sync_partial_duration
+        kind.labels(family).observe(seconds)
+
+
+def _adopt(live: chains.Tables, desired: chains.Tables) -> None:
+    """Keep of *live* only what later plans compare with, sharing the text with *desired*."""
+    for table, live_chains in list(live.items()):
+        wanted = desired.get(table, {})
+        live[table] = {
+            name: wanted.get(name, texts)
+            for name, texts in live_chains.items()
+            if chains.is_ours(table, name) or name in chains.BUILTIN or name == rules.FIREWALL
+        }
+
+
+class SyncLoop:
+    """Runs a Syncer whenever its Pacer says so, until stopped."""
+
+    def __init__(
+        self,
+        family: IPFamily,
+        syncer: Syncer,
+        pacer: Pacer,
+        *,
+        health: Health,
+        metrics: Metrics,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._family = family
+        self._syncer = syncer
+        self._pacer = pacer
+        self._health = health
+        self._metrics = metrics
+        self._clock = clock
+        self._wake = threading.Condition()
+        # Guarded by the condition: the pacer, and
+        self._is_stopped = False
+
+    def nudge(self) -> None:
+        """Say that there is something to sync. Cheap; from any thread."""
+        self._health.queued(self._family)
+        self._metrics.sync_last_queued_timestamp.labels(self._family.value).set_to_current_time()
+        with self._wake:
+            self._pacer.request(self._clock())
+            self._wake.notify()
+
+    def stop(self) -> None:
+        with self._wake:
+            self._is_stopped = True
+            self._wake.notify()
+
+    def run(self) -> None:
+        """Sync until stopped. Raises whatever is not an IptablesError."""
+        self._health.started(self._family)
+        self._metrics.sync_last_queued_timestamp.labels(self._family.value).set_to_current_time()
+        while self._wait():
+            started = self._clock()
+            outcome = self._sync()
+            ended = self._clock()
+            with self._wake:
+                self._pacer.finished(ended, took_s=ended - started, outcome=outcome)
+
+    def _wait(self) -> bool:
+        """Wait until a sync is due; False when stopped."""
+        with self._wake:
+            while not self._is_stopped:
+                left = self._pacer.due_at() - self._clock()
+                if left <= 0:
+                    if not self._pacer.is_requested:
+                        # Nobody asked: look whether the kernel still has what it was given.
+                        self._syncer.forget_live()
+                    self._pacer.started()
+                    return True
+                self._wake.wait(min(left, threading.TIMEOUT_MAX))
+            return False
+
+    def _sync(self) -> Outcome:
+        try:
+            if self._syncer.sync() is not None:
+                self._health.updated(self._family)
+        except LockTimeout as error:
+            log.warning("sync.delayed", ip_family=self._family.value, error=str(error))
+        except IptablesError as error:
+            log.error(  # noqa: TRY400 - the cause is another program; our stack says nothing
+                "sync.failed",
+                ip_family=self._family.value,
+                error=str(error),
+                excerpt=getattr(error, "excerpt", "") or None,
+            )
+            self._health.queued(self._family)
+            return "failed"
+        else:
+            return "ok"
+        self._health.queued(self._family)
+        return "locked"
