@@ -120,7 +120,9 @@ class Response:
             except urllib3.exceptions.ReadTimeoutError:
                 raise Silence(f"cannot read {self._request}: the server is silent") from None
             except _TRANSPORT_ERRORS as error:
-                raise errors.ApiUnavailable(f"cannot read {self._request}: {error}") from error
+                raise errors.ApiUnavailable(
+                    f"cannot read {self._request}: {_detail(error)}"
+                ) from error
             if not piece:
                 return
             yield piece
@@ -140,7 +142,6 @@ class Connection:
         *,
         user_agent: str,
         metrics: Metrics,
-        connect_timeout_s: float = _CONNECT_TIMEOUT_S,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Take addresses and credentials from *load*, which returns a kubernetes Configuration.
@@ -150,12 +151,14 @@ class Connection:
         self._load = load
         self._user_agent = user_agent
         self._metrics = metrics
-        self._connect_timeout_s = connect_timeout_s
         self._clock = clock
         self._lock = threading.Lock()
         # Under the lock:
         self._is_closed = False
         self._in_flight: dict[object, Callable[[], None]] = {}
+        # A second lock, because an exec plugin may take long and ``close`` must not wait for it.
+        self._credentials_lock = threading.Lock()
+        # Under the second lock:
         self._generation = 0
         self._configuration = load()
         self.server: Final[str] = _with_scheme(self._configuration).rstrip("/")
@@ -191,20 +194,19 @@ class Connection:
     def close(self) -> None:
         """Refuse all further requests and end those in flight, also reads that block in other threads.
 
-        The blocked calls raise ApiUnavailable at once. Only a TCP or TLS handshake in progress
-        holds its thread longer, up to the connect timeout.
+        The blocked calls raise ApiUnavailable at once. Only a TCP connect in progress, to an
+        address where nobody answers, holds its thread longer: up to the connect timeout.
         """
         with self._lock:
             self._is_closed = True
             in_flight = tuple(self._in_flight.values())
-            pool = self._pool
         for interrupt in in_flight:
             try:
                 interrupt()
             except OSError as error:
                 # It ended by itself in this moment.
                 log.debug("api.interrupt_failed", error=str(error))
-        pool.clear()
+        self._pool.clear()
 
     def _request(
         self,
@@ -227,7 +229,7 @@ class Connection:
 
     def _prepare(self) -> tuple[urllib3.PoolManager, dict[str, str], int]:
         headers = {"Accept": "application/json", "User-Agent": self._user_agent}
-        with self._lock:
+        with self._credentials_lock:
             try:
                 # Runs the hooks that read a token file again or call an exec plugin. The lock
                 # keeps several watches from calling the plugin at once.
@@ -241,7 +243,7 @@ class Connection:
 
     def _renew(self, generation: int) -> None:
         """Load configuration and credentials again, unless somebody did since *generation*."""
-        with self._lock:
+        with self._credentials_lock:
             if self._generation != generation:
                 return
             try:
@@ -267,16 +269,15 @@ class Connection:
                 request.url,
                 body=request.body,
                 headers=headers,
-                timeout=urllib3.Timeout(
-                    connect=self._connect_timeout_s, read=request.read_timeout_s
-                ),
+                timeout=urllib3.Timeout(connect=_CONNECT_TIMEOUT_S, read=request.read_timeout_s),
                 preload_content=False,
+                redirect=False,  # the API never redirects; a login page would be no help
             )
             code = str(raw.status)
         except urllib3.exceptions.ReadTimeoutError:
             raise Silence(f"cannot {request}: the server does not answer") from None
         except _TRANSPORT_ERRORS as error:
-            raise errors.ApiUnavailable(f"cannot {request}: {error}") from error
+            raise errors.ApiUnavailable(f"cannot {request}: {_detail(error)}") from error
         finally:
             seconds = self._clock() - started
             self._metrics.rest_requests.labels(code, request.host, request.method).inc()
@@ -297,7 +298,7 @@ class Connection:
 
     def _new_pool(self) -> urllib3.PoolManager:
         # No other module of the client is needed, so that its hundreds of models stay unloaded.
-        from kubernetes.client import rest  # noqa: PLC0415 - 20 MB, not needed with --manifests
+        from kubernetes.client import rest  # noqa: PLC0415 - see connect()
 
         self._configuration.host = self.server
         self._configuration.socket_options = _SOCKET_OPTIONS
@@ -330,7 +331,7 @@ def connect(
     """
 
     def load() -> Any:
-        # Imported late: 20 MB and 0.1 s that a proxy fed from files does not need.
+        # Imported late: 15 MB and 0.1 s that a proxy fed from files does not need.
         from kubernetes import config  # noqa: PLC0415
         from kubernetes.client import configuration as client_configuration  # noqa: PLC0415
 
@@ -401,6 +402,11 @@ def _with_scheme(configuration: Any) -> str:
     return f"{'https' if uses_tls else 'http'}://{host}"
 
 
+def _detail(error: Exception) -> object:
+    # The second argument of a ProtocolError is its cause, which the first has already told.
+    return error.args[0] if isinstance(error, urllib3.exceptions.ProtocolError) else error
+
+
 def _refusal(response: Response, request: _Request) -> errors.ApiError:
     """Turn an error answer into an exception with the server's own words, and close it."""
     with response:
@@ -430,13 +436,34 @@ def _interruptible(
     begin: Callable[[object, Callable[[], None]], None],
     end: Callable[[object], None],
 ) -> type[urllib3.HTTPConnectionPool]:
-    """Return *pool_class* with connections that tell how to end their wait for an answer.
+    """Return *pool_class* with connections that tell how to end their waiting.
 
-    *begin* is called with the connection and a function that ends the wait, before it begins;
-    *end* if no answer came. Once one came, the connection is the answer's.
+    *begin* is called with the connection and a function that ends the wait, before the TLS
+    handshake and before the wait for an answer; *end* after the handshake, and if no answer came.
+    Once one came, the connection is the answer's.
     """
-
     base: Any = pool_class.ConnectionCls
+
+    def new_conn(self: Any) -> socket.socket:
+        sock: socket.socket = base._new_conn(self)  # noqa: SLF001 - what urllib3's own SOCKS overrides
+        # The handshake moves the descriptor to another object, so a second one is held till then.
+        self.twin = sock.dup()
+        try:
+            begin(self, functools.partial(self.twin.shutdown, socket.SHUT_RDWR))
+        except BaseException:
+            self.twin.close()
+            sock.close()
+            raise
+        return sock
+
+    def connect(self: Any) -> None:
+        self.twin = None
+        try:
+            base.connect(self)
+        finally:
+            end(self)
+            if self.twin is not None:
+                self.twin.close()
 
     def getresponse(self: Any) -> Any:
         # Not SSLSocket.shutdown: it takes the TLS state away under the thread that reads.
@@ -447,6 +474,7 @@ def _interruptible(
             end(self)
             raise
 
+    methods = {"_new_conn": new_conn, "connect": connect, "getresponse": getresponse}
     # Under their own names, because urllib3 writes them into error messages.
-    connection_class = type(base.__name__, (base,), {"getresponse": getresponse})
+    connection_class = type(base.__name__, (base,), methods)
     return type(pool_class.__name__, (pool_class,), {"ConnectionCls": connection_class})

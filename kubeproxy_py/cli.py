@@ -2,7 +2,7 @@
 
 import sys
 from pathlib import Path
-from typing import Any, Final, cast
+from typing import Final, NoReturn, cast
 
 import click
 import structlog
@@ -110,14 +110,17 @@ def plan_command(flag_values: flags.FlagValues, host_facts: flags.HostFacts) -> 
 
 
 def _build(settings: flags.Settings, host_facts: flags.HostFacts, family: IPFamily) -> Ruleset:
+    config.require_iptables_mode(settings.config)
     if not settings.manifests:
         raise ConfigError("cannot build rules without objects: give --manifests PATH")
+    problems: list[Problem] = []
     node_name = host.node_name(settings.hostname_override)
-    return desired.build(settings, host_facts, node_name, family, _tell)
-
-
-def _tell(problem: Problem) -> None:
-    click.echo(f"warning: left out: {problem}", err=True)
+    ruleset = desired.build(settings, host_facts, node_name, family, problems.append)
+    if problems:
+        # The daemon leaves out what is wrong and goes on; a person who asks is told instead.
+        listed = "".join(f"\n  {problem}" for problem in problems)
+        raise ConfigError(f"cannot use the manifests:{listed}")
+    return ruleset
 
 
 @cli.command("cleanup", cls=flag_types.Command)
@@ -141,11 +144,17 @@ def _clean_all(backend: str) -> None:
         raise KubeProxyError("encountered an error while tearing down rules")
 
 
-def main(argv: list[str] | None = None) -> Any:
-    """Run the command line; every deliberate error becomes one line and exit status 1."""
+def main(argv: list[str] | None = None) -> NoReturn:
+    """Run the command line and exit: every deliberate error is told in one place, with status 1."""
     logging.configure()
     try:
-        return cli.main(args=argv, prog_name="kubeproxy-py")
+        # Without click's own handling, whose status for a mistyped flag would be 2: `plan` means
+        # something else by that, and kube-proxy's is 1.
+        status = cli.main(args=argv, prog_name="kubeproxy-py", standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        status = _EXIT_ERROR
     except KubeProxyError as error:
         log.error("command.failed", error=str(error))  # noqa: TRY400 - the text says what to do
-    sys.exit(_EXIT_ERROR)
+        status = _EXIT_ERROR
+    sys.exit(status if isinstance(status, int) else 0)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import queue
 import sys
 import threading
 import time
@@ -10,10 +11,8 @@ from contextlib import ExitStack
 import pytest
 import yaml
 from kubernetes.client import configuration as client_configuration
-from prometheus_client import CollectorRegistry
 
 from kubeproxy_py import api, errors
-from kubeproxy_py.metrics import Metrics
 from tests.support import builders
 from tests.support.api_server import ApiServer
 
@@ -38,11 +37,6 @@ def serve(stack):
 @pytest.fixture
 def server(serve):
     return serve()
-
-
-@pytest.fixture
-def metrics():
-    return Metrics(CollectorRegistry())
 
 
 @pytest.fixture
@@ -335,6 +329,22 @@ def test_error_page_of_a_proxy_is_shown(server, connect):
         read(connect(master=server.url))
 
 
+def test_requests_that_are_over_are_not_remembered(server, connect):
+    connection = connect(master=server.url)
+    read(connection)
+    for answer in (b"302 Found\r\nLocation: http://127.0.0.1:9/", b"500 Oops", b"401 Who"):
+        end = b"\r\nConnection: close\r\nContent-Length: 0\r\n\r\n"
+        server.spoil(b"HTTP/1.1 " + answer + end, times=2)
+        with pytest.raises(api.Refused):
+            read(connection)
+        server.heal()
+    server.spoil(b"")
+    with pytest.raises(errors.ApiUnavailable):
+        read(connection)
+
+    assert connection._in_flight == {}
+
+
 def test_redirect_is_an_error(server, connect):
     server.spoil(
         b"HTTP/1.1 302 Found\r\nLocation: http://127.0.0.1:9/\r\nContent-Length: 0\r\n\r\n"
@@ -397,6 +407,24 @@ def test_requests_are_counted_as_client_go_does(server, connect, metrics):
 # -- the end -------------------------------------------------------------------------------------
 
 
+def blocked(connection):
+    """Let a thread watch; return the queue of its outcome once it waits for the server."""
+    outcome = queue.SimpleQueue()
+
+    def follow():
+        try:
+            outcome.put(read(connection, query={"watch": "true"}))
+        except errors.ApiError as error:
+            outcome.put(error)
+
+    threading.Thread(target=follow).start()
+    deadline = time.monotonic() + 5
+    while not connection._in_flight:
+        assert time.monotonic() < deadline
+        os.sched_yield()
+    return outcome
+
+
 @pytest.mark.parametrize("tls", [False, True], ids=["http", "https"])
 @pytest.mark.parametrize("is_frozen", [True, False], ids=["before the answer", "within the answer"])
 def test_close_ends_a_read_that_blocks(serve, connect, tmp_path, tls, is_frozen):
@@ -405,26 +433,22 @@ def test_close_ends_a_read_that_blocks(serve, connect, tmp_path, tls, is_frozen)
     read(connection)  # the handshake is done
     if is_frozen:
         server.freeze()
-    outcome = []
-
-    def follow():
-        try:
-            read(connection, query={"watch": "true"})
-        except errors.ApiUnavailable as error:
-            outcome.append(error)
-
-    thread = threading.Thread(target=follow)
-    thread.start()
-    deadline = time.monotonic() + 5
-    while not connection._in_flight:
-        assert time.monotonic() < deadline
-        os.sched_yield()
+    outcome = blocked(connection)
 
     connection.close()
-    thread.join(2)
 
-    assert not thread.is_alive()
-    assert len(outcome) == 1
+    assert isinstance(outcome.get(timeout=2), errors.ApiUnavailable)
+
+
+def test_close_ends_a_handshake_that_blocks(serve, connect, tmp_path):
+    server = serve(tls=True)
+    connection = connect(kubeconfig=str(server.kubeconfig(tmp_path / "kubeconfig")))
+    server.freeze()
+    outcome = blocked(connection)
+
+    connection.close()
+
+    assert isinstance(outcome.get(timeout=2), errors.ApiUnavailable)
 
 
 def test_closed_connection_refuses_requests(server, connect):

@@ -325,7 +325,7 @@ def test_feature_gates_are_merged():
         ("--feature-gates=A=2", 'invalid value of A: "2"'),
         ("--vmodule=a", '"a" does not have the pattern=N format'),
         ("--v=-1", '"-1" is out of range'),
-        ("--dispatch=round", '"round" is not one of auto, flat, tree'),
+        ("--dispatch=round", '"round" is not one of auto, flat'),
         ("--manifests=", "a path must not be empty"),
         ('--nodeport-addresses="a', "unexpected end of data"),
     ],
@@ -528,7 +528,7 @@ def test_flags_that_still_count_beside_a_file(config_file):
         "--log-flush-frequency=1s",
         "--master=http://m",
         "--init-only",
-        "--dispatch=tree",
+        "--dispatch=flat",
         "--manifests=/m",
     )
 
@@ -543,7 +543,7 @@ def test_flags_that_still_count_beside_a_file(config_file):
         ),
     )
     assert (given.master, given.init_only) == ("http://m", True)
-    assert (given.dispatch, given.manifests) == ("tree", ("/m",))
+    assert (given.dispatch, given.manifests) == ("flat", ("/m",))
 
 
 def test_defaults_of_flags_do_not_override_the_file(config_file):
@@ -697,8 +697,8 @@ def test_cleanup_takes_few_flags():
     def cleanup(flag_values):
         return flags.settings_from_flags(flag_values)
 
-    given = cleanup.main(["--iptables-backend=legacy", "-v", "4"], standalone_mode=False)
+    given = cleanup.main(["-v", "4"], standalone_mode=False)
 
-    assert given.iptables_backend == "legacy"
+    assert given.config.logging.verbosity == 4
     with pytest.raises(click.NoSuchOption):
         cleanup.main(["--conntrack-min=1"], standalone_mode=False)

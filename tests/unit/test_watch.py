@@ -92,6 +92,7 @@ class Watching:
         self.shelf.wait_for(lambda: self.shelf.names == set(names))
 
     def wait_for_open_watch(self):
+        self.shelf.wait_for(lambda: self.shelf.calls)
         self.server.wait_for(lambda: self.server.open_watches() > 0, DEADLINE_S)
 
     def reconnects(self, reason):

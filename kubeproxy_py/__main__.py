@@ -1,0 +1,5 @@
+"""``python -m kubeproxy_py``."""
+
+from kubeproxy_py.cli import main
+
+main()

@@ -1,0 +1,166 @@
+"""
+The kernel's tables as a dict with the kernel's manners.
+
+It takes restore inputs as ``iptables-restore --noflush`` does, refuses what that refuses, and keeps
+the tables committed before the refusal. It knows rules as text only: a rule reads back as it was
+written. tests/packet/test_fake_is_honest.py holds it against the real programs.
+"""
+
+import re
+from collections import deque
+from collections.abc import Callable
+from typing import Final
+
+from kubeproxy_py.errors import BatchRejected, IptablesError
+from kubeproxy_py.iptables.chains import BUILTIN, Chains, Tables
+
+#: Built-in chains by table, as far as this program looks.
+HOOKS: Final = {
+    "mangle": ("PREROUTING", "INPUT", "FORWARD", "OUTPUT", "POSTROUTING"),
+    "filter": ("INPUT", "FORWARD", "OUTPUT"),
+    "nat": ("PREROUTING", "INPUT", "OUTPUT", "POSTROUTING"),
+}
+_TARGETS: Final = frozenset({"ACCEPT", "DROP", "RETURN", "REJECT", "MARK", "DNAT", "MASQUERADE"})
+_TARGET: Final = re.compile(r"(?:^| )-[jg] (\S+)")
+_QUOTED: Final = re.compile(r'"(?:[^"\\]|\\.)*"')
+_MAX_CHAIN_NAME: Final = 28
+
+
+def empty_tables() -> Tables:
+    """Return the tables of a host without any rule."""
+    return {table: dict.fromkeys(hooks, ()) for table, hooks in HOOKS.items()}
+
+
+def target(rule: str) -> str | None:
+    """Return where *rule* jumps or goes to; what is quoted in it is no target."""
+    found = _TARGET.search(_QUOTED.sub('""', rule))
+    return found.group(1) if found else None
+
+
+def dangling(tables: Tables) -> list[str]:
+    """Return a line for each rule that jumps to a chain that is not there."""
+    return [
+        f"{table} {chain}: {rule}"
+        for table, chains in tables.items()
+        for chain, rules in chains.items()
+        for rule in rules
+        if (to := target(rule)) is not None and to not in _TARGETS and to not in chains
+    ]
+
+
+class _RefusedError(Exception):
+    """A line is refused; the text says why."""
+
+
+class FakeIptables:
+    """The tables of one family. What ``sync.Kernel`` and ``runner.Iptables`` promise, it keeps."""
+
+    def __init__(self, tables: Tables | None = None) -> None:
+        """Begin with *tables*; with none, as a host without any rule."""
+        self.tables = empty_tables()
+        for table, chains in (tables or {}).items():
+            self.tables[table] |= chains
+        #: Every restore input, also those that failed.
+        self.restored: list[str] = []
+        self.saves = 0
+        #: Called with every restore input before it is looked at.
+        self.before_restore: Callable[[str], None] | None = None
+        self._save_failures: deque[IptablesError] = deque()
+        self._restore_failures: deque[tuple[IptablesError, int]] = deque()
+
+    def fail_save(self, error: IptablesError) -> None:
+        """Let one save, the next that is not yet to fail, raise *error*."""
+        self._save_failures.append(error)
+
+    def fail_restore(self, error: IptablesError, *, after_tables: int = 0) -> None:
+        """Let one restore raise *error* when it has committed *after_tables* of its tables."""
+        self._restore_failures.append((error, after_tables))
+
+    def save(self) -> Tables:
+        self.saves += 1
+        if self._save_failures:
+            raise self._save_failures.popleft()
+        return {table: dict(chains) for table, chains in self.tables.items()}
+
+    def restore(self, text: str) -> None:
+        """Commit *text*, table by table. Raises BatchRejected, with the line, or a planned error."""
+        if self.before_restore is not None:
+            self.before_restore(text)
+        self.restored.append(text)
+        failure = self._restore_failures.popleft() if self._restore_failures else None
+        committed = 0
+        open_table: tuple[str, Chains] | None = None
+        for number, line in enumerate(text.splitlines(), start=1):
+            if failure is not None and failure[1] == committed:
+                raise failure[0]
+            try:
+                if line.startswith("*"):
+                    open_table = line[1:], self._open(line[1:])
+                elif open_table is None:
+                    raise _RefusedError("no table")  # noqa: TRY301 - one place names the line
+                elif line == "COMMIT":
+                    self.tables[open_table[0]] = open_table[1]
+                    open_table = None
+                    committed += 1
+                else:
+                    _execute(line, open_table[1])
+            except _RefusedError as error:
+                raise BatchRejected(f"line {number}: {error}", batch=text, line=number) from error
+        if failure is not None:
+            raise failure[0]
+        if open_table is not None:
+            raise BatchRejected("COMMIT expected", batch=text)
+
+    def _open(self, table: str) -> Chains:
+        if table not in self.tables:
+            raise _RefusedError(f"no table {table}")
+        return dict(self.tables[table])
+
+
+def _execute(line: str, chains: Chains) -> None:
+    """Do what one *line* of a restore input says to the *chains* of its table."""
+    if line.startswith(":"):
+        _declare(line, chains)
+        return
+    command, _, rest = line.partition(" ")
+    chain, _, rule = rest.partition(" ")
+    if command not in ("-A", "-I", "-D", "-X"):
+        raise _RefusedError(f"unknown command {command}")
+    if chain not in chains:
+        raise _RefusedError(f"no chain {chain}")
+    if command == "-X":
+        _delete(chain, chains)
+        return
+    to = target(rule)
+    if to is not None and to not in _TARGETS and (to not in chains or to in BUILTIN):
+        raise _RefusedError(f"no chain or target {to}")
+    if command == "-A":
+        chains[chain] = (*chains[chain], rule)
+    elif command == "-I":
+        chains[chain] = (rule, *chains[chain])
+    else:
+        left = list(chains[chain])
+        if rule not in left:
+            raise _RefusedError(f"no such rule in {chain}")
+        left.remove(rule)
+        chains[chain] = tuple(left)
+
+
+def _declare(line: str, chains: Chains) -> None:
+    name, policy, *_ = line[1:].split(" ")
+    if policy != "-" or name in BUILTIN:
+        raise _RefusedError(f"this fake has no policies: {line}")
+    if len(name) > _MAX_CHAIN_NAME:
+        raise _RefusedError(f"chain name {name} is too long")
+    chains[name] = ()
+
+
+def _delete(chain: str, chains: Chains) -> None:
+    if chain in BUILTIN:
+        raise _RefusedError(f"{chain} is built in")
+    if chains[chain]:
+        raise _RefusedError(f"{chain} is not empty")
+    referrers = [name for name, rules in chains.items() if chain in map(target, rules)]
+    if referrers:
+        raise _RefusedError(f"{chain} is referred to by {referrers[0]}")
+    del chains[chain]

@@ -1,0 +1,130 @@
+"""The daemon under test: a real process in a namespace, its log, its pages, its end."""
+
+import http.client
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Final
+
+from kubeproxy_py.iptables import chains
+from kubeproxy_py.model import IPFamily
+from tests.support.addresses import PLANS
+from tests.support.netns import Backend, Lab, iptables_programs
+from tests.support.traffic import wait_until
+
+METRICS_PORT: Final = 10249
+HEALTH_PORT: Final = 10256
+
+
+class Proxy:
+    """One run of ``kubeproxy-py run`` in the lab's node namespace."""
+
+    def __init__(self, lab: Lab, backend: Backend, log: Path, arguments: Sequence[str]) -> None:
+        self.lab = lab
+        self.backend: Final = backend
+        self.log: Final = log
+        cidrs = ",".join(PLANS[family].cluster_cidr for family in IPFamily)
+        with log.open("ab") as stream:
+            self.process = lab.node.popen(
+                [
+                    *(sys.executable, "-m", "kubeproxy_py", "run"),
+                    "--logging-format=json",
+                    "--v=4",
+                    "--hostname-override=node1",
+                    f"--cluster-cidr={cidrs}",
+                    f"--iptables-backend={backend}",
+                    # nf_conntrack_max cannot be written outside of the first namespace.
+                    "--conntrack-max-per-core=0",
+                    "--conntrack-tcp-timeout-established=0",
+                    "--conntrack-tcp-timeout-close-wait=0",
+                    *arguments,
+                ],
+                stdout=subprocess.DEVNULL,
+                stderr=stream,
+            )
+
+    # What it says ----------------------------------------------------------------------------------
+
+    def events(self, name: str | None = None) -> list[dict[str, Any]]:
+        """Return the log's events, or those called *name*."""
+        found = []
+        for line in self.log.read_text(errors="replace").splitlines():
+            try:
+                event = json.loads(line)
+            except ValueError:
+                event = {"event": "unreadable", "line": line}
+            if name in {None, event.get("event")}:
+                found.append(event)
+        return found
+
+    def get(self, path: str, port: int = METRICS_PORT, host: str = "127.0.0.1") -> tuple[int, str]:
+        """Return status and body of a page."""
+        with self.lab.node.entered():
+            connection = http.client.HTTPConnection(host, port, timeout=5)
+            connection.connect()
+        try:
+            connection.request("GET", path)
+            answer = connection.getresponse()
+            return answer.status, answer.read().decode()
+        finally:
+            connection.close()
+
+    def metric(self, name: str, **labels: str) -> float:
+        """Return a sample's value, the sum over all that have these labels; 0 if there is none."""
+        total = 0.0
+        for line in self.get("/metrics")[1].splitlines():
+            head, _, value = line.rpartition(" ")
+            sample, _, rest = head.partition("{")
+            if sample == name and all(f'{key}="{text}"' in rest for key, text in labels.items()):
+                total += float(value)
+        return total
+
+    # What it does ----------------------------------------------------------------------------------
+
+    def live(self, family: IPFamily = IPFamily.V4) -> chains.Tables:
+        """Return the kernel's tables."""
+        programs = iptables_programs(self.backend, family)
+        saved = self.lab.node.run([programs.save])
+        return chains.parse_save(saved.stdout.splitlines())
+
+    def is_synced(self) -> bool:
+        """Tell whether every family has been programmed at least once."""
+        families = {event.get("ip_family") for event in self.events("sync.completed")}
+        return len(families) == len(IPFamily)
+
+    def wait_synced(self, timeout_s: float = 30.0) -> None:
+        self.wait(self.is_synced, timeout_s)
+
+    def wait(self, condition: Callable[[], bool], timeout_s: float = 15.0) -> None:
+        """Wait until *condition*; fails at once if the process ends, and shows its log."""
+
+        def is_over() -> bool:
+            return self.process.poll() is not None or condition()
+
+        try:
+            wait_until(is_over, timeout_s=timeout_s)
+            assert self.process.poll() is None, f"the daemon ended: {self.process.returncode}"
+        except AssertionError as error:
+            tail = "\n".join(self.log.read_text(errors="replace").splitlines()[-40:])
+            raise AssertionError(f"{error}\nend of its log:\n{tail}") from None
+
+    def end(self, number: int, timeout_s: float = 10.0) -> int:
+        """Send a signal and return the exit status."""
+        self.process.send_signal(number)
+        return self.process.wait(timeout_s)
+
+
+@contextmanager
+def running(
+    lab: Lab, backend: Backend, log: Path, *arguments: str
+) -> Iterator[Proxy]:
+    """Run the daemon, and kill it at the end if it still runs."""
+    proxy = Proxy(lab, backend, log, arguments)
+    try:
+        yield proxy
+    finally:
+        proxy.process.kill()
+        proxy.process.wait(10)
