@@ -39,6 +39,7 @@ from kubeproxy_py import (
     sysctls,
     watch,
 )
+from kubeproxy_py import log as logging
 from kubeproxy_py.errors import KubeProxyError
 from kubeproxy_py.flags import Settings
 from kubeproxy_py.iptables import runner
@@ -206,6 +207,7 @@ class Daemon:
 
     def _start_programming(self, ips: options.NodeIPs, found: host.Host) -> None:
         sysctls.set_oom_score_adj(self._config.oom_score_adj)
+        self._health.expect(found.families)
         self._start_servers(found)
         self._recorder.start()
         self._undo.append(self._recorder.stop)
@@ -306,7 +308,7 @@ class Daemon:
         return sync.SyncLoop(family, syncer, pacer, health=self._health, metrics=self._metrics)
 
     def _start_servers(self, found: host.Host) -> None:
-        pages.register_process_metrics(self._registry)
+        pages.register_process_metrics(self._registry, gates=self._config.feature_gates)
         if found.has_nfacct:
             self._registry.register(nfacct.NfacctCollector())
         self._http.start()
@@ -321,6 +323,7 @@ class Daemon:
             configz=lambda: config.to_json(self._config),
             flagz=lambda: self._settings.flag_values,
             started_at=self._started_at,
+            set_verbosity=logging.set_verbosity if self._config.enable_profiling else None,
         )
         serve(self._config.metrics_bind_address, metrics_pages.app, name="metrics", hard_fail=hard)
 

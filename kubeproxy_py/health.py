@@ -308,22 +308,25 @@ class ServiceHealthPorts:
                     check.close()
                     del self._checks[service]
             for service, port in ports.items():
+                check = self._checks.get(service) or _Check(service, port, self._health)
+                # Before the socket: the first answer must not say that there are none.
+                check.local_endpoints = counts.get(service, 0)
                 if service not in self._checks:
                     try:
-                        self._checks[service] = self._open(service, port)
+                        self._open(check)
                     except KubeProxyError as error:
                         failures.append((service, port, str(error)))
-                        continue
-                self._checks[service].local_endpoints = counts.get(service, 0)
-        for service, port, error in failures:
+                    else:
+                        self._checks[service] = check
+        for service, port, text in failures:
             log.error(
                 "health.service_port_failed",
                 ip_family=self._family.value,
                 service=str(service),
                 port=port,
-                error=error,
+                error=text,
             )
-            self._report_failure(service, port, error)
+            self._report_failure(service, port, text)
 
     def close(self) -> None:
         """Close all ports for good: an update that comes late does nothing."""
@@ -333,19 +336,17 @@ class ServiceHealthPorts:
                 check.close()
             self._checks.clear()
 
-    def _open(self, service: ServiceName, port: int) -> _Check:
-        check = _Check(service, port, self._health)
+    def _open(self, check: _Check) -> None:
         try:
             for address in self._addresses:
-                sock = httpserver.bind_family(address, port, self._family)
+                sock = httpserver.bind_family(address, check.port, self._family)
                 check.listeners.append(self._server.listen(sock, check.app))
         except OSError as error:
             # All or nothing: a load balancer asks one address and believes it for the node.
             check.close()
             raise KubeProxyError(
-                f"cannot listen on {address} port {port}: {httpserver.reason(error)}"
+                f"cannot listen on {address} port {check.port}: {httpserver.reason(error)}"
             ) from error
-        return check
 
 
 def _time_or_zero(ns: int | None) -> str:

@@ -1,19 +1,21 @@
 """Logging: one line per event on stderr, as JSON or for people. Configured once, by the shell."""
 
-import logging
 import sys
 from typing import Literal
 
 import structlog
-from structlog.typing import Processor
+from structlog.typing import EventDict, Processor, WrappedLogger
 
 # klog's verbosity: operators run kube-proxy with -v=2 and expect calm, and -v=4 to see objects.
 _DEBUG_FROM_VERBOSITY = 4
 
 
+_verbosity = 0
+
+
 def configure(*, fmt: Literal["text", "json"] = "text", verbosity: int = 0) -> None:
     """Send all events to stderr; *verbosity* is klog's ``-v`` (4 and more: debug)."""
-    level = logging.DEBUG if verbosity >= _DEBUG_FROM_VERBOSITY else logging.INFO
+    set_verbosity(verbosity)
     renderer: Processor = (
         structlog.processors.JSONRenderer()
         if fmt == "json"
@@ -21,13 +23,25 @@ def configure(*, fmt: Literal["text", "json"] = "text", verbosity: int = 0) -> N
     )
     structlog.configure(
         processors=[
+            _drop_details,
             structlog.contextvars.merge_contextvars,
             structlog.processors.add_log_level,
             structlog.processors.TimeStamper(fmt="iso", utc=True),
             structlog.processors.format_exc_info,
             renderer,
         ],
-        wrapper_class=structlog.make_filtering_bound_logger(level),
         logger_factory=structlog.PrintLoggerFactory(file=sys.stderr),
-        cache_logger_on_first_use=True,
+        cache_logger_on_first_use=False,
     )
+
+
+def set_verbosity(verbosity: int) -> None:
+    """Change what is logged from now on."""
+    global _verbosity  # noqa: PLW0603 - one process, one log
+    _verbosity = verbosity
+
+
+def _drop_details(_logger: WrappedLogger, method: str, event: EventDict) -> EventDict:
+    if method == "debug" and _verbosity < _DEBUG_FROM_VERBOSITY:
+        raise structlog.DropEvent
+    return event

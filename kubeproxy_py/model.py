@@ -13,6 +13,11 @@ import msgspec
 Protocol = Literal["tcp", "udp", "sctp"]
 Kind = Literal["Service", "EndpointSlice", "Node"]
 
+#: Chain name -> rules, each a rule's text as iptables-save prints it, without "-A CHAIN ".
+Chains = dict[str, tuple[str, ...]]
+#: Table name -> chains.
+Tables = dict[str, Chains]
+
 
 class IPFamily(enum.Enum):
     """An IP family; the value is how Kubernetes spells it (addressType, ipFamilies, metric labels)."""

@@ -13,8 +13,7 @@ import msgspec
 
 from kubeproxy_py import dispatch, rules
 from kubeproxy_py.dispatch import ChainId
-from kubeproxy_py.iptables.chains import Tables
-from kubeproxy_py.model import PortKey, ServiceName, ServicePortName, ServiceState
+from kubeproxy_py.model import PortKey, ServiceName, ServicePortName, ServiceState, Tables
 
 #: Programmed before all others: without the API and DNS nothing else in a cluster gets up.
 _FIRST: Final = (

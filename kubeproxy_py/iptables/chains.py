@@ -10,11 +10,9 @@ from collections.abc import Iterable
 from typing import Final
 
 from kubeproxy_py.errors import IptablesError
+from kubeproxy_py.model import Chains, Tables
 
-#: Chain name -> rules.
-Chains = dict[str, tuple[str, ...]]
-#: Table name -> chains.
-Tables = dict[str, Chains]
+__all__ = ["BUILTIN", "Chains", "Tables", "is_ours", "parse_save"]
 
 _EXACT: Final = {
     "filter": frozenset(
