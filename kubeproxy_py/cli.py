@@ -1,5 +1,6 @@
 """argv → settings → one of the sub-commands → exit status. What they do is other modules' business."""
 
+import dataclasses
 import sys
 from pathlib import Path
 from typing import Final, NoReturn, cast
@@ -8,7 +9,17 @@ import click
 import structlog
 
 from kubeproxy_py import cleanup as cleaning
-from kubeproxy_py import config, daemon, desired, flag_types, flags, host, hostnet
+from kubeproxy_py import (
+    config,
+    daemon,
+    desired,
+    flag_types,
+    flags,
+    host,
+    hostnet,
+    nfacct,
+    sysctls,
+)
 from kubeproxy_py import log as logging
 from kubeproxy_py import rules as rule_names
 from kubeproxy_py.errors import ConfigError, KubeProxyError
@@ -100,7 +111,7 @@ def plan_command(flag_values: flags.FlagValues, host_facts: flags.HostFacts) -> 
         if family is IPFamily.V6 and not hostnet.has_ipv6():
             continue
         kernel = runner.Iptables(runner.find_programs(family, backend))
-        ruleset = _build(settings, host_facts, family)
+        ruleset = _build(settings, _facts_of_host(host_facts, kernel.programs), family)
         live: chains.Tables = kernel.save()
         for batch in plan.plan(ruleset.tables, live, groups=ruleset.groups()):
             found = _EXIT_CHANGES
@@ -109,17 +120,32 @@ def plan_command(flag_values: flags.FlagValues, host_facts: flags.HostFacts) -> 
     sys.exit(found)
 
 
+def _facts_of_host(stated: flags.HostFacts, programs: runner.Programs) -> flags.HostFacts:
+    """Complete what was stated with what `run` would find out here."""
+    found = tuple(
+        (address.device, f"{address.address}/{address.prefix_length}")
+        for address in hostnet.local_addresses(programs.family)
+    )
+    return dataclasses.replace(
+        stated,
+        interface_addresses=stated.interface_addresses or found,
+        nfacct=stated.nfacct and nfacct.supported(),
+        random_fully=stated.random_fully and programs.has_random_fully,
+        conntrack_tcp_be_liberal=stated.conntrack_tcp_be_liberal or sysctls.conntrack_is_liberal(),
+    )
+
+
 def _build(settings: flags.Settings, host_facts: flags.HostFacts, family: IPFamily) -> Ruleset:
     config.require_iptables_mode(settings.config)
-    if not settings.manifests:
-        raise ConfigError("cannot build rules without objects: give --manifests PATH")
     problems: list[Problem] = []
     node_name = host.node_name(settings.hostname_override)
     ruleset = desired.build(settings, host_facts, node_name, family, problems.append)
     if problems:
-        # The daemon leaves out what is wrong and goes on; a person who asks is told instead.
         listed = "".join(f"\n  {problem}" for problem in problems)
-        raise ConfigError(f"cannot use the manifests:{listed}")
+        if settings.manifests:
+            # Whoever wrote them is here and can mend them.
+            raise ConfigError(f"cannot use the manifests:{listed}")
+        click.echo(f"left out, because invalid:{listed}", err=True)
     return ruleset
 
 

@@ -77,6 +77,9 @@ class Daemon:
         self._undo: list[Callable[[], None]] = []
         self._loops: dict[IPFamily, sync.SyncLoop] = {}
         self._node_name = host.node_name(settings.hostname_override)
+        # What cannot work on any node is refused before anything on this one is touched.
+        for family in IPFamily:
+            options.local_detector(self._config, family, ())
         self._pod_cidrs: tuple[str, ...] | None = None
         self._connection = self._connect()
         self._recorder = recorder.Recorder(self._connection, host=host.node_name(""))

@@ -1,32 +1,39 @@
 """
-Objects from files and stated facts → the rules a node would have, without a daemon.
+Objects from files or the API and stated facts → the rules a node would have, without a daemon.
 
 What ``render`` and ``plan`` share. The same store, options and ruleset as in the daemon, filled once.
 """
 
+import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Final
 
 from prometheus_client import CollectorRegistry
 
-from kubeproxy_py import config, manifests, options, records
+import kubeproxy_py
+from kubeproxy_py import api, config, manifests, objects, options, records, watch
+from kubeproxy_py.errors import ApiUnavailable
 from kubeproxy_py.flags import HostFacts, Settings
 from kubeproxy_py.metrics import Metrics
 from kubeproxy_py.model import IPFamily, Node, Problem
 from kubeproxy_py.ruleset import Ruleset
 from kubeproxy_py.store import Store
 
+# A list of 10,000 Services takes a second or two; a minute is a server that does not answer.
+_LIST_LIMIT_S: Final = 60.0
+
 
 def load(
     settings: Settings, node_name: str, report: Callable[[Problem], None]
 ) -> tuple[Store, Node | None]:
-    """Read the manifests into a store; return it and the own Node, if there is one.
+    """Fill a store once, from files or the API server; return it and the own Node, if there is one.
 
-    Raises ConfigError if a path cannot be read.
+    Raises:
+        ConfigError: a path cannot be read, or no API server is named.
+        ApiUnavailable: the API server did not list everything in time.
     """
-    loaded = manifests.load([Path(path) for path in settings.manifests])
-    for problem in loaded.problems:
-        report(problem)
     store = Store(
         node_name=node_name,
         families=tuple(IPFamily),
@@ -36,9 +43,57 @@ def load(
         node_changed=lambda _node: None,
         allow_external_ips=config.allows_service_external_ips(settings.config),
     )
+    if settings.manifests:
+        _load_files(settings, store, report)
+    else:
+        _load_from_api(settings, store, node_name, report)
+    return store, store.node
+
+
+def _load_files(settings: Settings, store: Store, report: Callable[[Problem], None]) -> None:
+    loaded = manifests.load([Path(path) for path in settings.manifests])
+    for problem in loaded.problems:
+        report(problem)
     for kind, found in loaded.objects.items():
         store.replace(kind, found)
-    return store, store.node
+
+
+def _load_from_api(
+    settings: Settings, store: Store, node_name: str, report: Callable[[Problem], None]
+) -> None:
+    """List with the daemon's own watchers, and stop them when they have listed."""
+    counted = Metrics(CollectorRegistry())
+    connection = api.connect(
+        kubeconfig=settings.config.client_connection.kubeconfig,
+        master=settings.master,
+        user_agent=f"kubeproxy-py/{kubeproxy_py.__version__}",
+        metrics=counted,
+    )
+    stop = threading.Event()
+    threads = [
+        threading.Thread(
+            target=watch.Watcher(
+                kind, connection, store, report, counted, stop=stop, node_name=node_name
+            ).run,
+            daemon=True,
+        )
+        for kind in objects.TYPES
+    ]
+    for thread in threads:
+        thread.start()
+    deadline = time.monotonic() + _LIST_LIMIT_S
+    is_complete = False
+    while not is_complete and time.monotonic() < deadline:
+        stop.wait(0.01)
+        is_complete = all(store.has_listed(kind) for kind in objects.TYPES)
+    stop.set()
+    connection.close()
+    for thread in threads:
+        thread.join(1.0)
+    if not is_complete:
+        raise ApiUnavailable(
+            f"cannot list objects from {connection.server} within {_LIST_LIMIT_S:.0f} s"
+        )
 
 
 def build(

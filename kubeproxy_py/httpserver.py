@@ -12,6 +12,7 @@ import contextlib
 import email.utils
 import errno
 import socket
+import struct
 import threading
 from collections.abc import Callable, Coroutine, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -36,7 +37,8 @@ NOSNIFF: Final = ("X-Content-Type-Options", "nosniff")
 
 _RETRY_S: Final = 5.0  # kube-proxy's own interval for a port that is taken
 _READ_BYTES: Final = 64 * 1024
-_BACKLOG: Final = 128
+# As much as the kernel allows (net.core.somaxconn), as in Go: a burst must not have to retransmit.
+_BACKLOG: Final = 4096
 # As many requests may be answered at once. An answer takes a millisecond; a scrape of /metrics some.
 _WORKERS: Final = 8
 # Out of descriptors or memory, accept() fails at once and again: Go waits up to a second, too.
@@ -44,6 +46,7 @@ _ACCEPT_PAUSE_S: Final = 1.0
 # After a refusal, what the client still sends is read and dropped for so long: closing on top of
 # unread data makes the kernel send a reset, which can overtake the answer. Go's server does this.
 _LINGER_S: Final = 0.5
+_RESET: Final = struct.pack("ii", 1, 0)  # struct linger: on, for no time
 _NO_IPV6: Final = frozenset(
     {errno.EAFNOSUPPORT, errno.EPROTONOSUPPORT, errno.EADDRNOTAVAIL, errno.ENOPROTOOPT}
 )
@@ -472,8 +475,13 @@ class _Connection:
         return b"".join(part or b"" for part in parts)
 
     async def _send(self, data: bytes) -> None:
-        async with asyncio.timeout(self._limits.write_s):
-            await self._loop.sock_sendall(self._sock, data)
+        try:
+            async with asyncio.timeout(self._limits.write_s):
+                await self._loop.sock_sendall(self._sock, data)
+        except TimeoutError:
+            # Reset it: after a normal close the kernel would keep what the client does not read.
+            self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
+            raise
 
     async def _refuse(self, status: int) -> None:
         """Answer what is not acceptable HTTP as Go's server does, and let the client read it."""

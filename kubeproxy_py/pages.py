@@ -5,12 +5,12 @@ Bodies and headers are kube-proxy's, for the scripts and dashboards that read th
 decides or changes anything, but for the log level where profiling is on.
 """
 
-import datetime
 import json
 import platform
 import re
 import time
 from collections.abc import Callable, Iterable, Mapping
+from datetime import UTC, datetime
 from typing import Any, Final, NamedTuple
 
 import prometheus_client
@@ -195,7 +195,7 @@ class MetricsPages:
         return _negotiated(request, "Flagz", lines, {"flags": flags})
 
     def _show_status(self, request: Request) -> Response:
-        started = datetime.datetime.fromtimestamp(int(self._started_at), datetime.UTC)
+        started = datetime.fromtimestamp(int(self._started_at), UTC)
         up_s = max(0, int(self._clock() - self._started_at))
         minutes, seconds = divmod(up_s, 60)
         hours, minutes = divmod(minutes, 60)

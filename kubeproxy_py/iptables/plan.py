@@ -28,6 +28,9 @@ _SHARED_FILTER: Final = frozenset(chain.chain for chain in SHARED if chain.table
 _SHARED_NAT: Final = frozenset(chain.chain for chain in SHARED if chain.table == rules.NAT)
 #: Shared with the kubelet: made if it is missing, because we jump to it, and else left alone.
 _ENSURED: Final = (ChainId(rules.FILTER, rules.FIREWALL),)
+#: Which chains jump to which: each kind only to kinds after it. A chain that is still jumped to cannot
+#: be deleted, and deletions may be spread over several batches.
+_DELETION_ORDER: Final = ("KUBE-FW-", "KUBE-EXT-", "KUBE-SVC-", "KUBE-SVL-", "KUBE-SEP-")
 
 
 class Section(msgspec.Struct, frozen=True):
@@ -209,8 +212,15 @@ class _Planner:
         )
         # Alone for itself, so that a foreign rule which still refers to one of them (and makes the
         # kernel refuse to delete it) can be told from a rule of ours that is refused.
-        for chain in self._stale(rules.NAT):
+        for chain in sorted(self._stale(rules.NAT), key=_deletion_rank):
             yield Section(rules.NAT, delete=(chain,))
+
+
+def _deletion_rank(chain: str) -> int:
+    """Return when to delete a stale nat chain; those of no kind, which may jump to any, go first."""
+    return next(
+        (rank for rank, kind in enumerate(_DELETION_ORDER, start=1) if chain.startswith(kind)), 0
+    )
 
 
 def _pack(sections: Iterable[Section], max_rules: int | None) -> Iterator[Batch]:

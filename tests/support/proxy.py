@@ -19,6 +19,16 @@ METRICS_PORT: Final = 10249
 HEALTH_PORT: Final = 10256
 
 
+def own_rules(tables: chains.Tables) -> dict[tuple[str, str], tuple[str, ...]]:
+    """Return the rules of our chains, by table and chain."""
+    return {
+        (table, name): texts
+        for table, found in tables.items()
+        for name, texts in found.items()
+        if chains.is_ours(table, name)
+    }
+
+
 class Proxy:
     """One run of ``kubeproxy-py run`` in the lab's node namespace."""
 
@@ -118,9 +128,7 @@ class Proxy:
 
 
 @contextmanager
-def running(
-    lab: Lab, backend: Backend, log: Path, *arguments: str
-) -> Iterator[Proxy]:
+def running(lab: Lab, backend: Backend, log: Path, *arguments: str) -> Iterator[Proxy]:
     """Run the daemon, and kill it at the end if it still runs."""
     proxy = Proxy(lab, backend, log, arguments)
     try:

@@ -118,7 +118,13 @@ def test_only_a_prefix_of_length_zero_contains_all():
 
 @pytest.mark.parametrize(
     ("ip", "is_loopback"),
-    [("127.0.0.1", True), ("127.255.0.9", True), ("::1", True), ("10.0.0.1", False), ("::2", False)],
+    [
+        ("127.0.0.1", True),
+        ("127.255.0.9", True),
+        ("::1", True),
+        ("10.0.0.1", False),
+        ("::2", False),
+    ],
 )
 def test_loopback_is_known_in_both_families(ip, is_loopback):
     assert addresses.is_loopback(ip) is is_loopback

@@ -13,7 +13,9 @@ SVC, SVL, EXT, FW = (f"KUBE-{kind}-{HASH}" for kind in ("SVC", "SVL", "EXT", "FW
 SEP1 = "KUBE-SEP-SXIVWICOYRO3J4NJ"
 LOCAL = Endpoint("10.180.0.1", 80, is_local=True)
 REMOTE = Endpoint("10.180.2.1", 80)
-TO_CLUSTER_IP = '-d 172.30.0.41/32 -p tcp -m comment --comment "ns1/svc1:p80 {}" -m tcp --dport 80 -j {}'
+TO_CLUSTER_IP = (
+    '-d 172.30.0.41/32 -p tcp -m comment --comment "ns1/svc1:p80 {}" -m tcp --dport 80 -j {}'
+)
 OPTIONS = Options(
     family=IPFamily.V4, node_name="node1", local_detector=LocalDetector("-s", "10.180.0.0/16")
 )
@@ -263,9 +265,7 @@ def test_reject_rules_written_out():
     fragment = build(port(node_port=30080))
 
     assert [entry.rule for entry in fragment.entries] == [
-        TO_CLUSTER_IP.format(
-            "has no endpoints", "REJECT --reject-with icmp-port-unreachable"
-        ),
+        TO_CLUSTER_IP.format("has no endpoints", "REJECT --reject-with icmp-port-unreachable"),
         '-p tcp -m comment --comment "ns1/svc1:p80 has no endpoints" -m addrtype --dst-type LOCAL '
         "-m tcp --dport 30080 -j REJECT --reject-with icmp-port-unreachable",
     ]
@@ -316,9 +316,7 @@ def test_load_balancer_written_out():
 
 
 def test_traffic_not_accepted_by_the_firewall_is_dropped_for_every_vip():
-    fragment = build(
-        port(lb_vips=("1.2.3.4", "5.6.7.8"), source_ranges=("203.0.113.0/25",)), LOCAL
-    )
+    fragment = build(port(lb_vips=("1.2.3.4", "5.6.7.8"), source_ranges=("203.0.113.0/25",)), LOCAL)
 
     assert entries(fragment, FILTER, "KUBE-PROXY-FIREWALL") == [
         f'-d {vip}/32 -p tcp -m comment --comment "ns1/svc1:p80 traffic not accepted by {FW}" '
@@ -366,8 +364,7 @@ def test_local_policy_short_circuits_pods_and_the_node_itself(detector, first):
         *(f'{match} -m comment --comment "pod traffic {about}" -j {SVC}' for match in first),
         f'-m comment --comment "masquerade LOCAL traffic {about}" '
         "-m addrtype --src-type LOCAL -j KUBE-MARK-MASQ",
-        f'-m comment --comment "route LOCAL traffic {about}" '
-        f"-m addrtype --src-type LOCAL -j {SVC}",
+        f'-m comment --comment "route LOCAL traffic {about}" -m addrtype --src-type LOCAL -j {SVC}',
         f"-j {SVL}",
     )
     assert len(fragment.chains[SVL]) == 1
@@ -431,9 +428,7 @@ def test_external_ips_that_are_not_allowed_leave_an_unused_chain():
 )
 def test_node_ports_on_loopback_are_counted_where_that_works(changes, wanted):
     named = '-p tcp -m comment --comment "ns1/svc1:p80" -m tcp --dport 30080'
-    counted = (
-        f"-d 127.0.0.0/8 {named} -m nfacct --nfacct-name localhost_nps_accepted_pkts -j {EXT}"
-    )
+    counted = f"-d 127.0.0.0/8 {named} -m nfacct --nfacct-name localhost_nps_accepted_pkts -j {EXT}"
 
     assert entries(build(port(node_port=30080), LOCAL, **changes), NAT, "KUBE-NODEPORTS") == [
         *([counted] if wanted else []), f"{named} -j {EXT}",

@@ -20,9 +20,7 @@ def wanted_tables(state, family):
     text = (states.GOLDEN / f"{state}.{family.value.lower()}.rules").read_text()
     tables = chains.parse_save(text.splitlines(keepends=True))
     return {
-        table: {
-            chain: texts for chain, texts in by_name.items() if chain not in chains.BUILTIN
-        }
+        table: {chain: texts for chain, texts in by_name.items() if chain not in chains.BUILTIN}
         for table, by_name in tables.items()
     }
 

@@ -38,7 +38,12 @@ def numbers(endpoints):
 CLUSTER = port()
 INTERNAL_LOCAL = port(internal_local=True, external=False)
 EXTERNAL_LOCAL = port(external_local=True)
-SPREAD = [ep(3, zones="zone-a"), ep(4, zones="zone-b"), ep(5, zones="zone-c"), ep(6, zones="zone-a")]
+SPREAD = [
+    ep(3, zones="zone-a"),
+    ep(4, zones="zone-b"),
+    ep(5, zones="zone-c"),
+    ep(6, zones="zone-a"),
+]
 
 
 @pytest.mark.parametrize(
