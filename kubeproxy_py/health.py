@@ -11,7 +11,7 @@ import json
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
-from datetime import UTC, datetime, tzinfo
+from datetime import UTC, datetime
 from typing import Any, Final, NamedTuple
 
 import msgspec
@@ -35,15 +35,12 @@ _ZERO_TIME: Final = "0001-01-01T00:00:00Z"
 _WILDCARD: Final = {IPFamily.V4: "0.0.0.0", IPFamily.V6: "::"}  # noqa: S104 - node ports are public
 
 
-def render_time(ns: int, zone: tzinfo | None = None) -> str:
-    """
-    Write a time (Unix, nanoseconds) as Go's RFC3339Nano: trailing zeros of the fraction trimmed.
-
-    In the local zone unless another is given.
-    """
+def render_time(ns: int) -> str:
+    """Write a time (Unix, nanoseconds) as Go's RFC3339Nano does, in the local zone."""
     seconds, fraction = divmod(ns, 10**9)
-    moment = datetime.fromtimestamp(seconds, UTC).astimezone(zone)
-    date, offset = moment.isoformat()[:19], moment.isoformat()[19:]
+    text = datetime.fromtimestamp(seconds, UTC).astimezone().isoformat()
+    date, offset = text[:19], text[19:]
+    # Unlike Python, Go writes nanoseconds, and trims trailing zeros.
     digits = f".{fraction:09d}".rstrip("0") if fraction else ""
     return f"{date}{digits}{'Z' if offset == '+00:00' else offset}"
 

@@ -69,22 +69,28 @@ def node_port_cidrs(
 
     ``primary`` is the node's own address; a family in which that is not known is served everywhere.
     """
-    listed: list[str] = []
-    for text in config.node_port_addresses:
-        if text != PRIMARY:
-            listed.append(addresses.parse_cidr(text) or "")
-            continue
-        listed += [
-            f"{ip}/{addresses.HOST_PREFIX[family]}"
-            for family, ip in ips.by_family.items()
-            if not addresses.is_loopback(ip)
-        ]
+    listed = _listed_node_port_cidrs(config, ips)
     result: dict[IPFamily, tuple[str, ...] | None] = {}
     for family in IPFamily:
-        cidrs = tuple(cidr for cidr in listed if cidr and addresses.family_of(cidr) is family)
+        cidrs = tuple(cidr for cidr in listed if addresses.family_of(cidr) is family)
         is_everywhere = not cidrs or any(map(addresses.is_zero_cidr, cidrs))
         result[family] = None if is_everywhere else cidrs
     return result
+
+
+def _listed_node_port_cidrs(config: KubeProxyConfiguration, ips: NodeIPs) -> list[str]:
+    """Return nodePortAddresses with ``primary`` resolved; empty if that is not known."""
+    listed: list[str] = []
+    for text in config.node_port_addresses:
+        if text == PRIMARY:
+            listed += [
+                f"{ip}/{addresses.HOST_PREFIX[family]}"
+                for family, ip in ips.by_family.items()
+                if not addresses.is_loopback(ip)
+            ]
+        elif (cidr := addresses.parse_cidr(text)) is not None:
+            listed.append(cidr)
+    return listed
 
 
 def served_addresses(
@@ -186,25 +192,21 @@ def doubts(
     primary = ips.primary
     other = IPFamily.V6 if primary is IPFamily.V4 else IPFamily.V4
     is_dual = len(families) > 1
-    node_ports = [text for text in config.node_port_addresses if text != PRIMARY]
-    node_port_families = _families(node_ports)
+    # As resolved: "primary" on a node whose IP is not known comes to no restriction at all.
+    node_port_families = _families(_listed_node_port_cidrs(config, ips))
     cluster, pods = _families(config.cluster_cidrs), _families(pod_cidrs)
-    if not config.node_port_addresses:
+    if not node_port_families:
         said.append(
             "nodePortAddresses is unset; NodePort connections will be accepted on all local IPs. "
             "Consider using `--nodeport-addresses primary`"
         )
-    elif (
-        node_ports
-        and node_port_families == {primary}
-        and any(len(found) > 1 for found in (cluster, pods))
-    ):
+    elif node_port_families == {primary} and any(len(found) > 1 for found in (cluster, pods)):
         said.append(
             "cluster appears to be dual-stack but nodePortAddresses contains only "
             f"{primary.value} addresses; NodePort connections will be accepted on all local "
             f"{other.value} IPs"
         )
-    elif node_ports and primary not in node_port_families:
+    elif primary not in node_port_families:
         said.append(
             f"cluster appears to be {primary.value}-primary but nodePortAddresses contains only "
             f"{other.value} addresses; NodePort connections will be accepted on all local "
@@ -213,7 +215,7 @@ def doubts(
     kind = f"{primary.value}-primary" if is_dual else f"{primary.value}-only"
     for found, name, mode in (
         (cluster, "clusterCIDRs", "ClusterCIDR"),
-        (pods, "podCIDRs", "NodeCIDR"),
+        (pods, "node.spec.podCIDRs", "NodeCIDR"),
     ):
         if found != {other}:
             continue
@@ -233,7 +235,7 @@ def doubts(
                 and addresses.family_of(ip) is other
                 and (not ipaddress.ip_address(ip).is_unspecified)
             ):
-                said.append(f"cluster is {kind} but {name} is not {primary.value}")
+                said.append(f"cluster is {kind} but {name} is {other.value}")
     return said
 
 

@@ -8,14 +8,17 @@ decides or changes anything, but for the log level where profiling is on.
 import json
 import platform
 import re
+import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import UTC, datetime
 from typing import Any, Final, NamedTuple
 
 import prometheus_client
 import yaml
-from prometheus_client import CollectorRegistry, Counter, Gauge, ProcessCollector
+from prometheus_client import CollectorRegistry, Gauge, ProcessCollector
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
 
 import kubeproxy_py
 from kubeproxy_py.httpserver import NOSNIFF, NOT_FOUND, PLAIN_TEXT, Request, Response
@@ -236,36 +239,48 @@ class MetricsPages:
         return _plain(200, f"successfully set klog.logging.verbosity to {text}")
 
 
-class _Slis:
+class _Slis(Collector):
     """How often this port's one health check, which always passes, was asked."""
 
     def __init__(self, started_at: float) -> None:
         self.registry = CollectorRegistry()
-        self._last = Gauge(
-            "kubernetes_healthcheck",
-            "[STABLE] This metric records the result of a single healthcheck.",
-            ["name", "type"],
-            registry=self.registry,
-        )
-        self._total = Counter(
-            "kubernetes_healthchecks_total",
-            "[STABLE] This metric records the results of all healthcheck.",
-            ["name", "status", "type"],
-            registry=self.registry,
-        )
-        Gauge(
-            "process_start_time_seconds",
-            "[ALPHA] Start time of the process since unix epoch in seconds.",
-            registry=self.registry,
-        ).set(started_at)
+        self.registry.register(self)
+        self._started_at = started_at
+        self._lock = threading.Lock()
+        # Guarded by the lock:
+        self._passed = 0
 
     def passed(self) -> None:
-        self._last.labels("ping", "healthz").set(1)
-        self._total.labels("ping", "success", "healthz").inc()
+        with self._lock:
+            self._passed += 1
 
     def reset(self) -> None:
-        self._last.clear()
-        self._total.clear()
+        with self._lock:
+            self._passed = 0
+
+    def collect(self) -> Iterator[Metric]:
+        with self._lock:
+            passed = self._passed
+        if passed:
+            last = GaugeMetricFamily(
+                "kubernetes_healthcheck",
+                "[STABLE] This metric records the result of a single healthcheck.",
+                labels=["name", "type"],
+            )
+            last.add_metric(["ping", "healthz"], 1)
+            yield last
+            total = CounterMetricFamily(
+                "kubernetes_healthchecks_total",
+                "[STABLE] This metric records the results of all healthcheck.",
+                labels=["name", "status", "type"],
+            )
+            total.add_metric(["ping", "success", "healthz"], passed)
+            yield total
+        yield GaugeMetricFamily(
+            "process_start_time_seconds",
+            "[ALPHA] Start time of the process since unix epoch in seconds.",
+            value=self._started_at,
+        )
 
 
 def _plain(status: int, text: str) -> Response:

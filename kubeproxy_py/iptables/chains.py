@@ -58,16 +58,17 @@ def parse_save(lines: Iterable[str]) -> Tables:
     for line in lines:
         if line.startswith("["):
             # Counters (iptables-save -c): [packets:bytes] -A CHAIN ...
-            line = line[line.index("]") + 2 :]  # noqa: PLW2901 - the rest is the line
+            line = line.partition("] ")[2]  # noqa: PLW2901 - the rest is the line
         if line.startswith("-A "):
             _, chain, *rest = line.rstrip("\n").split(" ", 2)
             rule = rest[0] if rest else ""
             if "--nfacct-name  " in rule:
                 # iptables (1.8.9 at least) prints two spaces here.
                 rule = rule.replace("--nfacct-name  ", "--nfacct-name ")
-            rules[chain].append(rule)
+            # Where the program was killed, a name may be cut off; such a table has no COMMIT.
+            rules.setdefault(chain, []).append(rule)
         elif line.startswith(":"):
-            rules[line[1 : line.index(" ")]] = []
+            rules[line[1:].partition(" ")[0]] = []
         elif line.startswith("*"):
             table, rules = line[1:].strip(), {}
         elif line.startswith("COMMIT"):

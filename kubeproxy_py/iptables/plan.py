@@ -161,6 +161,16 @@ class _Planner:
             if jump.table == table and jump.rule not in live.get(jump.builtin, ())
         )
 
+    def _held(self, table: str) -> frozenset[str]:
+        """Return at least all chains that rules of others in *table* jump or go to."""
+        return frozenset(
+            f" {text}".rpartition(flag)[2].partition(" ")[0]
+            for chain, texts in self._live.get(table, {}).items()
+            if not is_ours(table, chain)
+            for text in texts
+            for flag in (" -j ", " -g ")
+        )
+
     def mangle(self) -> Iterator[Section]:
         yield Section(rules.MANGLE, self._changed(rules.MANGLE), delete=self._stale(rules.MANGLE))
 
@@ -210,10 +220,14 @@ class _Planner:
             {chain: texts for chain, texts in changed.items() if chain in _SHARED_NAT},
             self._missing_jumps(rules.NAT),
         )
-        # Alone for itself, so that a foreign rule which still refers to one of them (and makes the
-        # kernel refuse to delete it) can be told from a rule of ours that is refused.
-        for chain in sorted(self._stale(rules.NAT), key=_deletion_rank):
-            yield Section(rules.NAT, delete=(chain,))
+        # A chain that a rule of others jumps to cannot be deleted, and trying would have the kernel
+        # refuse all else that nat is told: it is emptied, which for packets is the same.
+        stale, held = self._stale(rules.NAT), self._held(rules.NAT)
+        live = self._live.get(rules.NAT, {})
+        yield Section(rules.NAT, {chain: () for chain in stale if chain in held and live[chain]})
+        for chain in sorted(stale, key=_deletion_rank):
+            if chain not in held:
+                yield Section(rules.NAT, delete=(chain,))
 
 
 def _deletion_rank(chain: str) -> int:

@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -32,8 +33,9 @@ _HINTS: Final = frozenset({"KUBE-IPTABLES-HINT", "KUBE-KUBELET-CANARY"})
 _LOCK_WAIT_S: Final = 5
 # A restore of 100,000 rules takes seconds; one that takes minutes hangs, and would hang for ever.
 _PROCESS_LIMIT_S: Final = 300
-# iptables' exit status for "resource problem", of which the lock is the commonest.
-_RESOURCE_PROBLEM: Final = 4
+# Complaints that have nothing to do with what was to be written. The lock file's is not about a held
+# lock: it cannot be opened, in a read-only root say, and will not be in a moment either.
+_HOPELESS: Final = ("Permission denied", "you must be root", "can't open lock file")
 # nft says "line 4: RULE_APPEND failed" when the kernel refuses a rule and "Error occurred at line: 4"
 # when the parser does; legacy says "line 4 failed".
 _LINE: Final = re.compile(r"\bline:? (\d+)")
@@ -158,12 +160,14 @@ class Iptables:
         *,
         lock_wait_s: int = _LOCK_WAIT_S,
         observe_lock_wait: Callable[[float], None] | None = None,
+        process_limit_s: float = _PROCESS_LIMIT_S,
     ) -> None:
         self.programs = programs
         self.family = programs.family
         self.backend = programs.backend
         self._lock_wait_s = lock_wait_s
         self._observe_lock_wait = observe_lock_wait
+        self._process_limit_s = process_limit_s
 
     def check(self) -> None:
         """Raise IptablesError unless nat, without which there are no Services, can be read."""
@@ -176,13 +180,21 @@ class Iptables:
         """Read all tables there are. Raises IptablesError if that is not possible."""
         argv = [self.programs.save]
         # Parsed as it comes: the text of a big node is tens of megabytes, and not needed whole.
-        with subprocess.Popen(  # noqa: S603 - fixed argv, no shell
-            argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace"
-        ) as process:
-            assert process.stdout is not None
-            assert process.stderr is not None
-            tables = chains.parse_save(process.stdout)
-            said = process.stderr.read()
+        try:
+            with subprocess.Popen(  # noqa: S603 - fixed argv, no shell
+                argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace"
+            ) as process:
+                assert process.stdout is not None
+                assert process.stderr is not None
+                limit = threading.Timer(self._process_limit_s, process.kill)
+                limit.start()
+                try:
+                    tables = chains.parse_save(process.stdout)
+                    said = process.stderr.read()
+                finally:
+                    limit.cancel()
+        except OSError as error:
+            raise IptablesError(f"cannot run {argv[0]}: {error.strerror}") from error
         if process.returncode:
             raise _error(argv, process.returncode, said)
         return tables
@@ -238,11 +250,9 @@ def _run(argv: list[str], text: str | None = None) -> subprocess.CompletedProces
 
 def _error(argv: list[str], status: int, said: str, batch: str = "") -> IptablesError:
     reason = " ".join(said.split()) or f"exit status {status}"
-    if "holding the xtables lock" in said or (
-        status == _RESOURCE_PROBLEM and "lock" in said.lower()
-    ):
+    if "holding the xtables lock" in said:
         return LockTimeout(f"cannot get the xtables lock: {reason}")
-    if "Permission denied" in said or "you must be root" in said:
+    if any(text in said for text in _HOPELESS):
         return IptablesError(f"cannot use {argv[0]}: {reason}")
     if batch:
         found = _LINE.search(said)

@@ -380,6 +380,23 @@ def test_stale_chains_go_in_an_order_in_which_none_is_referred_to():
     assert own(kernel.save()) == own(ruleset_of({}).tables)
 
 
+@pytest.mark.parametrize("flag", ["-j", "-g"])
+@pytest.mark.parametrize("chain", ["PREROUTING", "ADMIN"])
+def test_stale_chain_that_others_jump_to_is_emptied_and_holds_up_nothing(chain, flag):
+    ruleset = ruleset_of(ONE)
+    (group,) = ruleset.groups()
+    kernel = kernel_with(ruleset)
+    kernel.tables["nat"][chain] = (
+        *kernel.tables["nat"].get(chain, ()), f"-s 198.51.100.7/32 {flag} {group[0]}",
+    )  # fmt: skip
+    after = ruleset_of({})
+    for batch in planned(after, kernel.save()):
+        kernel.restore(batch.render())
+
+    assert own(kernel.save())["nat"] == own(after.tables)["nat"] | {group[0]: ()}
+    assert planned(after, kernel.save()) == []
+
+
 def test_stale_chain_of_ours_in_filter_and_mangle_goes_too():
     desired = {"filter": {}, "nat": {}, "mangle": {}}
     live = fake_iptables.empty_tables()

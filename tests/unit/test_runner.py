@@ -1,0 +1,317 @@
+"""Finding and running iptables' programs, against programs of our own."""
+
+import os
+import stat
+
+import pytest
+from structlog.testing import capture_logs
+
+from kubeproxy_py.errors import BackendMissing, BatchRejected, IptablesError, LockTimeout
+from kubeproxy_py.iptables import runner
+from kubeproxy_py.model import IPFamily
+
+V4, V6 = IPFamily.V4, IPFamily.V6
+BATCH = "*nat\n:A - [0:0]\n-A A -j B\nCOMMIT\n"
+VERSIONS = {
+    "nft": "iptables v1.8.9 (nf_tables)",
+    "legacy": "iptables v1.8.9 (legacy)",
+    "old": "iptables v1.6.1",
+    "broken": "no such thing",
+}
+
+
+class Programs:
+    """A directory of programs that says and does what a test wants."""
+
+    def __init__(self, directory):
+        self.directory = directory
+        self.calls = directory / "calls"
+
+    def write(self, name, *, says="", complains="", status=0, body=""):
+        """Write one program; it notes its arguments and keeps its input."""
+        path = self.directory / name
+        (self.directory / f"{name}.says").write_text(says)
+        (self.directory / f"{name}.complains").write_text(complains)
+        path.write_text(
+            "#!/bin/sh\n"
+            f'echo "{name} $*" >> {self.calls}\n'
+            f"{body}\n"
+            f"cat {path}.says; cat {path}.complains >&2\n"
+            f"exit {status}\n"
+        )
+        path.chmod(path.stat().st_mode | stat.S_IXUSR)
+
+    def family(self, prefix, kind, saved=""):
+        """Write the three programs of one family."""
+        self.write(prefix, says=VERSIONS[kind])
+        self.write(f"{prefix}-save", says=saved)
+        self.write(f"{prefix}-restore", body=f"cat > {self.directory}/input")
+
+    def all(self, kinds, saved=None):
+        """Write the programs of both families under all their names."""
+        for family in ("iptables", "ip6tables"):
+            for suffix, kind in kinds.items():
+                self.family(f"{family}{suffix}", kind, (saved or {}).get(kind, ""))
+
+
+@pytest.fixture
+def programs(tmp_path, monkeypatch):
+    """Give programs that are found before the host's."""
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    return Programs(tmp_path)
+
+
+@pytest.fixture
+def iptables(programs):
+    """Give an Iptables over programs that succeed and say nothing."""
+    programs.family("iptables-nft", "nft")
+    return runner.Iptables(runner.find_programs(V4, "nft"))
+
+
+# Finding -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("family", "prefix"), [(V4, "iptables"), (V6, "ip6tables")])
+@pytest.mark.parametrize("backend", ["nft", "legacy"])
+def test_programs_of_a_backend_are_found_by_their_own_name(programs, family, prefix, backend):
+    programs.all({"-nft": "nft", "-legacy": "legacy", "": "nft"})
+
+    assert runner.find_programs(family, backend) == runner.Programs(
+        family,
+        backend,
+        f"{programs.directory}/{prefix}-{backend}-save",
+        f"{programs.directory}/{prefix}-{backend}-restore",
+        (1, 8, 9),
+    )
+
+
+@pytest.mark.parametrize(("kind", "backend"), [("nft", "nft"), ("legacy", "legacy"), ("old", "legacy")])
+def test_plain_iptables_is_of_the_backend_it_names(programs, kind, backend):
+    programs.all({"-nft": "broken", "-legacy": "broken", "": kind})
+
+    assert runner.find_programs(V4, backend).save == f"{programs.directory}/iptables-save"
+
+
+@pytest.mark.parametrize(("kind", "backend"), [("nft", "legacy"), ("legacy", "nft"), ("broken", "nft")])
+def test_programs_of_the_other_backend_are_not_taken(programs, kind, backend):
+    programs.all({"-nft": "broken", "-legacy": "broken", "": kind})
+
+    with pytest.raises(BackendMissing, match=f"cannot find a working iptables for backend {backend}"):
+        runner.find_programs(V4, backend)
+
+
+@pytest.mark.parametrize(
+    ("version", "is_able"),
+    [((1, 6, 1), False), ((1, 6, 2), True), ((1, 8, 9), True), ((1, 10), True)],
+)
+def test_random_fully_is_known_by_version(version, is_able):
+    assert runner.Programs(V4, "nft", "", "", version).has_random_fully is is_able
+
+
+# Detecting ---------------------------------------------------------------------------------------
+
+HINT = "*mangle\n:KUBE-IPTABLES-HINT - [0:0]\nCOMMIT\n"
+KUBELET = "*mangle\n:KUBE-KUBELET-CANARY - [0:0]\nCOMMIT\n"
+TWO_RULES = "*nat\n:A - [0:0]\n-A A -j B\n-A A -j C\nCOMMIT\n"
+ONE_RULE = "*nat\n:A - [0:0]\n-A A -j B\nCOMMIT\n"
+
+
+def detect(programs, saved, *, legacy_tables="nat\n"):
+    programs.all({"-nft": "nft", "-legacy": "legacy"}, saved)
+    names = programs.directory / "ip_tables_names"
+    names.write_text(legacy_tables)
+    return runner.detect_backend([V4, V6], {V4: names, V6: names})
+
+
+@pytest.mark.parametrize(
+    ("saved", "backend"),
+    [
+        pytest.param({"nft": HINT, "legacy": TWO_RULES}, "nft", id="hint goes before rules"),
+        pytest.param({"nft": KUBELET}, "nft", id="older kubelet's canary is a hint"),
+        pytest.param({"nft": TWO_RULES, "legacy": HINT}, "legacy", id="hint in legacy"),
+        pytest.param({"nft": ONE_RULE, "legacy": TWO_RULES}, "legacy", id="more rules in legacy"),
+        pytest.param({"nft": TWO_RULES, "legacy": ONE_RULE}, "nft", id="more rules in nft"),
+        pytest.param({}, "nft", id="nothing anywhere"),
+    ],
+)
+def test_backend_is_that_of_the_kubelet_or_of_most_rules(programs, saved, backend):
+    assert detect(programs, saved) == backend
+
+
+def test_legacy_tables_that_do_not_exist_are_not_looked_into(programs):
+    assert detect(programs, {"legacy": TWO_RULES}, legacy_tables="") == "nft"
+    assert "legacy-save" not in programs.calls.read_text()
+
+
+def test_backend_that_cannot_be_read_has_no_rules(programs):
+    programs.all({"-nft": "nft", "-legacy": "legacy"}, {"legacy": ONE_RULE})
+    for family in ("iptables", "ip6tables"):
+        programs.write(f"{family}-nft-save", complains="no", status=1)
+    names = programs.directory / "ip_tables_names"
+    names.write_text("nat\n")
+    with capture_logs() as logs:
+        backend = runner.detect_backend([V4], {V4: names})
+
+    assert backend == "legacy"
+    assert [line["event"] for line in logs] == [
+        "iptables.survey_failed", "iptables.backend_detected",
+    ]  # fmt: skip
+
+
+def test_no_backend_at_all_is_told(programs):
+    programs.all({"-nft": "broken", "-legacy": "broken", "": "broken"})
+
+    with pytest.raises(BackendMissing, match="cannot find working iptables programs of either"):
+        runner.detect_backend([V4, V6], {})
+
+
+# Running -----------------------------------------------------------------------------------------
+
+
+def test_save_is_parsed(iptables, programs):
+    programs.write("iptables-nft-save", says=TWO_RULES)
+
+    assert iptables.save() == {"nat": {"A": ("-j B", "-j C")}}
+
+
+@pytest.mark.parametrize(
+    "says", ["", TWO_RULES, "*nat\n:A - [0:0]\n-A B", "*nat\n:A", "*na", "*nat\n:A - [0:0]\n[1:2"]
+)
+def test_failed_save_is_not_believed_whatever_it_said(iptables, programs, says):
+    programs.write("iptables-nft-save", says=says, complains="Killed", status=1)
+
+    with pytest.raises(IptablesError, match="cannot run .*iptables-nft-save: Killed"):
+        iptables.save()
+
+
+def test_save_that_hangs_is_ended(programs):
+    programs.family("iptables-nft", "nft")
+    programs.write("iptables-nft-save", body="exec sleep 60")
+    programs_found = runner.find_programs(V4, "nft")
+    iptables = runner.Iptables(programs_found, process_limit_s=0.05)
+
+    with pytest.raises(IptablesError, match="exit status -9"):
+        iptables.save()
+
+
+def test_restore_gives_the_text_and_leaves_the_rest_alone(iptables, programs):
+    iptables.restore(BATCH)
+
+    assert (programs.directory / "input").read_text() == BATCH
+    assert programs.calls.read_text().splitlines()[-1] == "iptables-nft-restore -w 5 --noflush"
+
+
+def test_restore_can_be_tried_without_committing(iptables, programs):
+    iptables.restore(BATCH, test=True)
+
+    assert programs.calls.read_text().splitlines()[-1].endswith("--noflush --test")
+
+
+def test_check_reads_the_nat_table(iptables, programs):
+    iptables.check()
+
+    assert programs.calls.read_text().splitlines()[-1] == "iptables-nft-save -t nat"
+
+
+def test_check_tells_why_not(iptables, programs):
+    programs.write("iptables-nft-save", complains="Table does not exist", status=3)
+
+    with pytest.raises(IptablesError, match="Table does not exist"):
+        iptables.check()
+
+
+@pytest.mark.parametrize(
+    ("complains", "status", "error"),
+    [
+        pytest.param(
+            "Another app is currently holding the xtables lock; still 4s 0us time ahead to have a "
+            "chance to grab the lock...\n"
+            "Another app is currently holding the xtables lock. Stopped waiting after 5s.",
+            4, LockTimeout, id="lock",
+        ),
+        pytest.param(
+            "iptables-nft-restore: line 3: RULE_APPEND failed (Invalid argument): rule in chain "
+            "KUBE-SVC-XXLOCKXXAAAAAAAA",
+            4, BatchRejected, id="no lock but a chain of that name",
+        ),
+        pytest.param(
+            "Fatal: can't open lock file /run/xtables.lock: Read-only file system",
+            4, IptablesError, id="lock that can never be had",
+        ),
+        pytest.param(
+            "iptables-nft-restore v1.8.9 (nf_tables): Could not fetch rule set generation id: "
+            "Permission denied (you must be root)",
+            4, IptablesError, id="permission",
+        ),
+        pytest.param("iptables-restore: line 3 failed", 1, BatchRejected, id="rule"),
+        pytest.param("", 1, BatchRejected, id="nothing said"),
+    ],
+)  # fmt: skip
+def test_failure_is_told_by_its_kind(iptables, programs, complains, status, error):
+    programs.write("iptables-nft-restore", complains=complains, status=status, body="cat >/dev/null")
+
+    with pytest.raises(IptablesError) as caught:
+        iptables.restore(BATCH)
+    assert type(caught.value) is error
+
+
+@pytest.mark.parametrize(
+    "complains",
+    [
+        "iptables-nft-restore v1.8.9 (nf_tables): \nline 3: RULE_APPEND failed (No such file)",
+        "Error occurred at line: 3\nTry `iptables-restore -h' for more information.",
+        "iptables-legacy-restore: line 3 failed",
+    ],
+)
+def test_rejected_line_is_found_and_shown(iptables, programs, complains):
+    programs.write("iptables-nft-restore", complains=complains, status=1, body="cat >/dev/null")
+
+    with pytest.raises(BatchRejected) as caught:
+        iptables.restore(BATCH)
+    assert caught.value.line == 3
+    assert "3: -A A -j B" in caught.value.excerpt
+
+
+def test_exit_status_stands_in_for_a_message(iptables, programs):
+    programs.write("iptables-nft-restore", status=7, body="cat >/dev/null")
+
+    with pytest.raises(BatchRejected, match="exit status 7") as caught:
+        iptables.restore(BATCH)
+    assert (caught.value.line, caught.value.excerpt) == (None, "")
+
+
+def test_program_that_vanished_is_an_error_and_not_a_crash(iptables, programs):
+    (programs.directory / "iptables-nft-restore").unlink()
+
+    with pytest.raises(IptablesError, match="cannot run .*: No such file or directory"):
+        iptables.restore(BATCH)
+
+
+def test_program_for_saving_that_vanished_is_an_error_and_not_a_crash(iptables, programs):
+    (programs.directory / "iptables-nft-save").unlink()
+
+    with pytest.raises(IptablesError, match="cannot run .*: No such file or directory"):
+        iptables.save()
+
+
+def test_time_waited_for_the_lock_is_observed(programs):
+    programs.family("iptables-nft", "nft")
+    programs.write(
+        "iptables-nft-restore",
+        complains="Another app is currently holding the xtables lock; still 4s",
+        body="cat >/dev/null",
+    )
+    seen = []
+    iptables = runner.Iptables(runner.find_programs(V4, "nft"), observe_lock_wait=seen.append)
+    iptables.restore(BATCH)
+
+    assert len(seen) == 1
+
+
+def test_time_is_not_observed_where_nobody_held_the_lock(programs):
+    programs.family("iptables-nft", "nft")
+    seen = []
+    iptables = runner.Iptables(runner.find_programs(V4, "nft"), observe_lock_wait=seen.append)
+    iptables.restore(BATCH)
+
+    assert seen == []

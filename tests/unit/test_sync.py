@@ -1,0 +1,667 @@
+"""The recipe, against a kernel with manners."""
+
+import threading
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from prometheus_client import CollectorRegistry
+from structlog.testing import capture_logs
+
+from kubeproxy_py import conntrack, rules
+from kubeproxy_py.errors import BatchRejected, IptablesError, LockTimeout
+from kubeproxy_py.iptables import chains
+from kubeproxy_py.metrics import Metrics
+from kubeproxy_py.model import IPFamily, ServiceName
+from kubeproxy_py.pacer import Pacer
+from kubeproxy_py.ruleset import HealthCheck, Ruleset
+from kubeproxy_py.store import Store
+from kubeproxy_py.sync import Effects, SyncLoop, Syncer
+from tests.support import fake_iptables, states
+from tests.support.builders import make_node, make_port, make_service, make_slice
+from tests.support.fake_iptables import FakeIptables
+
+V4 = IPFamily.V4
+OPTIONS = states.golden_options(V4)
+UDP = [make_port(53, protocol="UDP")]
+
+
+class World:
+    """A Syncer with all that is around it, and what it did to that."""
+
+    def __init__(self, metrics, kernel=None, *, max_batch_rules=None):
+        self.metrics = metrics
+        self.kernel = kernel or FakeIptables()
+        self.prepared = 0
+        self.health_checks = []
+        self.frontends = []
+        self.node_port_addresses = None
+        self.nudged = 0
+        self.store = Store(
+            node_name="node1",
+            families=[V4],
+            metrics=metrics,
+            report=lambda problem: None,
+            changed=self._nudge,
+            node_changed=lambda node: None,
+            clock=lambda: 0.0,
+        )
+        self.ruleset = Ruleset(OPTIONS)
+        self.syncer = Syncer(
+            V4,
+            store=self.store,
+            ruleset=self.ruleset,
+            kernel=self.kernel,
+            max_batch_rules=max_batch_rules,
+            effects=Effects(
+                node_port_addresses=lambda: self.node_port_addresses,
+                prepare=self._prepare,
+                publish_health_checks=self.health_checks.append,
+                clean_conntrack=lambda build: self.frontends.append(build()),
+            ),
+            metrics=metrics,
+            clock=lambda: 0.0,
+            wall_clock=lambda: 100.0,
+        )
+
+    def _nudge(self, family):
+        self.nudged += 1
+
+    def _prepare(self):
+        self.prepared += 1
+
+    def put(self, *items):
+        for item in items:
+            self.store.upsert(item["kind"], states.decode(item))
+
+    def listed(self, *items):
+        """List all objects there are, which takes every kind."""
+        for kind in ("Node", "Service", "EndpointSlice"):
+            self.store.replace(kind, [states.decode(i) for i in items if i["kind"] == kind])
+
+    def sync(self):
+        return self.syncer.sync()
+
+    def fail(self, error, **options):
+        """Sync once, with the kernel failing."""
+        self.kernel.fail_restore(error, **options)
+        with pytest.raises(type(error)):
+            self.sync()
+
+    def value(self, name, **labels):
+        return self.metrics.registry.get_sample_value(
+            f"kubeproxy_{name}", {"ip_family": "IPv4", **labels}
+        )
+
+    def own(self):
+        return own(self.kernel.tables)
+
+
+def own(tables):
+    return {
+        table: {chain: texts for chain, texts in by_name.items() if chains.is_ours(table, chain)}
+        for table, by_name in tables.items()
+    }
+
+
+def desired(*items):
+    """Return the chains that *items* need, built from nothing."""
+    ruleset = Ruleset(OPTIONS)
+    ruleset.apply(states.service_states(items, V4))
+    return own(ruleset.tables)
+
+
+def triggered(item):
+    item["metadata"]["annotations"] = {
+        "endpoints.kubernetes.io/last-change-trigger-time": "1970-01-01T00:01:30Z"
+    }
+    return item
+
+
+@pytest.fixture
+def world(metrics):
+    """Give a world with one Service, in zone-a, that was synced."""
+    world = World(metrics)
+    world.listed(make_node(), make_service(), make_slice())
+    world.sync()
+    world.kernel.restored.clear()
+    return world
+
+
+# The ordinary course -----------------------------------------------------------------------------
+
+
+def test_nothing_is_read_or_written_before_everything_was_listed(metrics):
+    world = World(metrics)
+    world.put(make_service(), make_slice())
+
+    assert world.sync() is None
+    assert (world.kernel.saves, world.kernel.restored, world.prepared) == (0, [], 0)
+
+
+def test_first_sync_is_full_and_writes_all_there_should_be(metrics):
+    world = World(metrics)
+    world.listed(make_node(), make_service(), make_slice())
+    result = world.sync()
+
+    assert result.is_full
+    assert world.own() == desired(make_service(), make_slice())
+    assert all(j.rule in world.kernel.tables[j.table][j.builtin] for j in rules.JUMPS)
+    assert (world.kernel.saves, world.prepared) == (1, 1)
+
+
+def test_second_sync_with_nothing_changed_writes_nothing(world):
+    result = world.sync()
+
+    assert (result.is_full, result.batches, world.kernel.restored) == (False, 0, [])
+    assert world.kernel.saves == 1
+
+
+def test_one_endpoint_changed_writes_only_its_service(metrics):
+    world = World(metrics)
+    items = [make_node()]
+    for number in range(100):
+        name = f"svc{number}"
+        items += [make_service(name, cluster_ip=f"172.30.2.{number}"), make_slice(name)]
+    world.listed(*items)
+    world.sync()
+    world.put(make_slice("svc50", endpoints=["10.180.1.11", "10.180.1.12"]))
+    result = world.sync()
+
+    assert not result.is_full
+    assert world.kernel.restored[-1].count("\n") < 40
+    assert result.rules_written == {"filter": 0, "nat": 5}
+    assert result.chains_written == 2
+
+
+def test_node_port_addresses_are_asked_for_at_every_sync(world):
+    world.node_port_addresses = ("192.168.0.2",)
+    world.sync()
+    world.node_port_addresses = ()
+    world.sync()
+
+    assert [text.count("-j KUBE-NODEPORTS") for text in world.kernel.restored] == [1, 0]
+
+
+def test_change_of_zone_rebuilds_everything_and_writes_what_differs(world):
+    world.put(make_node(zone="zone-b"))
+    result = world.sync()
+
+    assert (world.ruleset.options.zone, result.batches) == ("zone-b", 0)
+
+
+def test_crossing_a_thousand_endpoints_rewrites_what_has_comments_of_endpoints(world):
+    many = [f"10.181.{n // 250}.{n % 250}" for n in range(1001)]
+    world.put(make_service("big", cluster_ip="172.30.9.9"), make_slice("big", endpoints=many))
+    world.sync()
+    assert world.ruleset.options.is_large
+    assert not any("-> 10." in line for text in world.kernel.restored for line in text.splitlines())
+
+    world.store.delete("EndpointSlice", "default", "big-abcde")
+    world.sync()
+    assert world.own() == desired(
+        make_service(), make_slice(), make_service("big", cluster_ip="172.30.9.9")
+    )
+
+
+def test_batches_of_bounded_size_lead_to_the_same_end(metrics):
+    world = World(metrics, max_batch_rules=10)
+    world.listed(*states.golden_items("state2")[:-1])
+    result = world.sync()
+
+    assert result.batches > 5
+    assert world.own() == own(world.ruleset.tables)
+    assert world.sync().batches == 0
+
+
+# What else a sync tells --------------------------------------------------------------------------
+
+
+def test_health_checks_are_published_after_every_sync(world):
+    world.put(
+        make_service(
+            type="LoadBalancer", externalTrafficPolicy="Local", healthCheckNodePort=30100
+        )
+    )
+    world.sync()
+
+    assert world.health_checks == [{}, {ServiceName("default", "svc1"): HealthCheck(30100, 1)}]
+
+
+def test_counts_of_rules_are_told(world):
+    assert {
+        (name, table): world.value(f"sync_proxy_rules_iptables_{name}", table=table)
+        for name in ("total", "last")
+        for table in ("filter", "nat")
+    } == {
+        ("total", "filter"): 4, ("total", "nat"): 10, ("last", "filter"): 4, ("last", "nat"): 10,
+    }  # fmt: skip
+
+
+def test_programming_latency_counts_from_the_trigger(world):
+    world.put(triggered(make_slice(endpoints=["10.180.1.12"])))
+    world.sync()
+
+    assert world.value("network_programming_duration_seconds_sum") == 10
+    assert world.value("sync_proxy_rules_last_timestamp_seconds") == 100
+
+
+def test_services_that_lack_local_endpoints_are_told(world):
+    world.put(make_service(internalTrafficPolicy="Local"))
+    world.put(make_slice(endpoints=[{"addresses": ["10.180.2.1"], "nodeName": "node2"}]))
+    world.sync()
+
+    name = "sync_proxy_rules_no_local_endpoints_total"
+    assert [world.value(name, traffic_policy=policy) for policy in ("internal", "external")] == [1, 0]
+
+
+def test_full_and_partial_syncs_are_timed_apart(world):
+    world.sync()
+
+    assert [
+        world.value(f"sync_{kind}proxy_rules_duration_seconds_count")
+        for kind in ("", "full_", "partial_")
+    ] == [2, 1, 1]
+
+
+# Stale UDP flows ---------------------------------------------------------------------------------
+
+
+def test_conntrack_is_cleaned_once_after_udp_endpoints_changed(world):
+    world.put(make_service(ports=UDP), make_slice(ports=UDP))
+    world.sync()
+    world.sync()
+
+    assert world.frontends == [
+        conntrack.Frontends(
+            services={("172.30.0.41", 53): frozenset({("10.180.1.11", 53)})}, node_ports={}
+        )
+    ]
+
+
+def test_conntrack_is_left_alone_by_other_changes(world):
+    world.put(make_slice(endpoints=["10.180.1.12"]))
+    world.sync()
+
+    assert world.frontends == []
+
+
+def test_conntrack_request_is_kept_until_a_sync_succeeds(world):
+    world.put(make_service(ports=UDP), make_slice(ports=UDP))
+    for _ in range(2):
+        world.fail(BatchRejected("no"))
+    assert world.frontends == []
+
+    world.sync()
+    assert len(world.frontends) == 1
+
+
+# Failures ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "error", [BatchRejected("no"), LockTimeout("busy"), IptablesError("odd")], ids=repr
+)
+def test_failure_loses_nothing(world, error):
+    world.put(make_slice(endpoints=["10.180.1.12"]))
+    world.fail(error)
+    result = world.sync()
+
+    assert result.is_full
+    assert world.own() == desired(make_service(), make_slice(endpoints=["10.180.1.12"]))
+
+
+def test_failure_between_two_tables_is_mended_by_the_next_sync(world):
+    world.put(make_slice(endpoints=[]))  # filter rejects first, then nat stops to deliver
+    world.fail(IptablesError("killed"), after_tables=1)
+    assert world.own() != desired(make_service())
+
+    world.sync()
+    assert world.own() == desired(make_service())
+
+
+def test_kernel_is_read_again_after_a_failure(world):
+    world.put(make_slice(endpoints=["10.180.1.12"]))
+    world.fail(LockTimeout("busy"))
+    world.kernel.tables["nat"]["KUBE-MARK-MASQ"] = ()
+    world.sync()
+
+    assert world.own() == desired(make_service(), make_slice(endpoints=["10.180.1.12"]))
+
+
+def test_failure_to_read_writes_nothing_and_is_mended(world):
+    world.syncer.forget_live()
+    world.kernel.fail_save(IptablesError("no such program"))
+    with pytest.raises(IptablesError):
+        world.sync()
+
+    assert world.kernel.restored == []
+    assert world.sync().is_full
+
+
+def test_trigger_times_outlive_a_failure(world):
+    world.put(triggered(make_slice(endpoints=["10.180.1.12"])))
+    world.fail(BatchRejected("no"))
+    assert world.value("network_programming_duration_seconds_count") in {None, 0}
+
+    world.sync()
+    assert world.value("network_programming_duration_seconds_count") == 1
+
+
+def test_failures_are_counted_full_and_partial(world):
+    world.put(make_slice(endpoints=["10.180.1.12"]))
+    for _ in range(2):
+        world.fail(BatchRejected("no"))
+
+    assert world.value("sync_proxy_rules_iptables_restore_failures_total") == 2
+    assert world.value("sync_proxy_rules_iptables_partial_restore_failures_total") == 1
+
+
+def test_failed_sync_publishes_nothing(world):
+    world.put(make_slice(endpoints=["10.180.1.12"]))
+    world.fail(BatchRejected("no"))
+
+    assert len(world.health_checks) == 1
+
+
+# Drift -------------------------------------------------------------------------------------------
+
+
+def test_audit_finds_nothing_where_nothing_was_changed(world):
+    world.syncer.forget_live()
+    with capture_logs() as logs:
+        result = world.sync()
+
+    assert (result.is_full, result.batches) == (True, 0)
+    assert "drift.repaired" not in {line["event"] for line in logs}
+
+
+def test_flushed_tables_are_repaired_and_counted(world):
+    world.kernel.tables = fake_iptables.empty_tables()
+    world.syncer.forget_live()
+    with capture_logs() as logs:
+        world.sync()
+
+    assert world.own() == desired(make_service(), make_slice())
+    assert world.value("iptables_chains_repaired_total", table="nat") > 0
+    assert {line["table"] for line in logs if line["event"] == "drift.repaired"} == {
+        "mangle", "filter", "nat",
+    }  # fmt: skip
+
+
+def test_one_flushed_chain_is_the_only_one_that_is_written(world):
+    world.kernel.tables["nat"]["KUBE-MARK-MASQ"] = ()
+    world.syncer.forget_live()
+    world.sync()
+
+    assert world.kernel.restored == [
+        "*nat\n:KUBE-MARK-MASQ - [0:0]\n"
+        "-A KUBE-MARK-MASQ -j MARK --set-xmark 0x4000/0x4000\nCOMMIT\n"
+    ]
+    assert world.value("iptables_chains_repaired_total", table="nat") == 1
+
+
+def test_lost_jump_is_put_back_at_the_top(world):
+    world.kernel.tables["nat"]["PREROUTING"] = ("-j ACCEPT",)
+    world.syncer.forget_live()
+    world.sync()
+
+    assert world.kernel.tables["nat"]["PREROUTING"] == (
+        '-m comment --comment "kubernetes service portals" -j KUBE-SERVICES', "-j ACCEPT",
+    )  # fmt: skip
+
+
+def test_own_change_during_an_audit_is_not_called_drift(world):
+    world.syncer.forget_live()
+    world.put(make_slice(endpoints=["10.180.1.12"]))
+    world.sync()
+
+    assert world.value("iptables_chains_repaired_total", table="nat") is None
+
+
+# Taking over -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("state", ["state", "state2"])
+def test_taking_over_from_kube_proxy_writes_nothing_but_the_order(metrics, state):
+    text = (states.GOLDEN / f"{state}.ipv4.rules").read_text()
+    world = World(metrics, FakeIptables(chains.parse_save(text.splitlines(keepends=True))))
+    before = {
+        table: {chain: sorted(texts) for chain, texts in by_name.items()}
+        for table, by_name in world.kernel.save().items()
+    }
+    world.listed(*(i for i in states.golden_items(state) if i["kind"] != "ServiceCIDR"))
+    world.sync()
+
+    written = {
+        line for text in world.kernel.restored for line in text.splitlines() if line[0] in ":-"
+    }
+    assert {line.split()[0] for line in written if line[0] == ":"} <= {
+        ":KUBE-SERVICES", ":KUBE-NODEPORTS", ":KUBE-EXTERNAL-SERVICES", ":KUBE-PROXY-FIREWALL",
+    }  # fmt: skip
+    assert not [line for line in written if line.startswith(("-I", "-D", "-X"))]
+    assert before == {
+        table: {chain: sorted(texts) for chain, texts in by_name.items()}
+        for table, by_name in world.kernel.save().items()
+    }
+
+
+def test_restart_with_nothing_changed_writes_nothing(world, metrics):
+    again = World(Metrics(CollectorRegistry()), world.kernel)
+    again.listed(make_node(), make_service(), make_slice())
+
+    assert (again.sync().batches, world.kernel.restored) == (0, [])
+
+
+def test_stale_chains_of_a_predecessor_are_removed(metrics):
+    stale = {
+        "KUBE-SVC-AAAAAAAAAAAAAAAA": ("-j KUBE-SEP-BBBBBBBBBBBBBBBB",),
+        "KUBE-SEP-BBBBBBBBBBBBBBBB": ("-p tcp -m tcp -j DNAT --to-destination 10.0.0.1:80",),
+        "KUBE-SERVICES": ("-d 1.1.1.1/32 -j KUBE-SVC-AAAAAAAAAAAAAAAA",),
+    }
+    world = World(metrics, FakeIptables({"nat": stale}))
+    world.listed(make_node())
+    world.sync()
+
+    assert world.own() == desired()
+
+
+def test_foreign_chains_and_rules_are_untouched(metrics):
+    foreign = {
+        "filter": {"KUBE-FIREWALL": ("-j DROP",), "CNI-FORWARD": ("-j ACCEPT",)},
+        "nat": {"CNI-HOSTPORT-DNAT": ("-j RETURN",), "OUTPUT": ("-j CNI-HOSTPORT-DNAT",)},
+        "mangle": {"KUBE-KUBELET-CANARY": ()},
+    }
+    world = World(metrics, FakeIptables(foreign))
+    world.listed(make_node(), make_service(), make_slice())
+    world.sync()
+    world.put(make_slice(endpoints=[]))
+    world.sync()
+
+    tables = world.kernel.tables
+    assert tables["filter"]["CNI-FORWARD"] == ("-j ACCEPT",)
+    assert tables["nat"]["CNI-HOSTPORT-DNAT"] == ("-j RETURN",)
+    assert tables["nat"]["OUTPUT"][-1] == "-j CNI-HOSTPORT-DNAT"
+    assert tables["mangle"]["KUBE-KUBELET-CANARY"] == ()
+
+
+def test_foreign_jump_to_a_service_that_goes_holds_up_nothing_for_long(world):
+    chain = next(name for name in world.own()["nat"] if name.startswith("KUBE-SVC-"))
+    world.kernel.tables["nat"]["ADMIN"] = (f"-j {chain}",)
+    world.store.delete("Service", "default", "svc1")
+    with pytest.raises(BatchRejected):
+        world.sync()  # chains of others are known only where the kernel has just been read
+    world.sync()
+
+    assert world.own()["nat"] == desired()["nat"] | {chain: ()}
+
+
+# Any order of events -----------------------------------------------------------------------------
+
+_SERVICES = [
+    make_service("a", cluster_ip="172.30.0.1"),
+    make_service("a", cluster_ip="172.30.0.1", type="NodePort", ports=[make_port(80, nodePort=30080)]),
+    make_service("b", cluster_ip="172.30.0.2", internalTrafficPolicy="Local"),
+]
+_SLICES = [
+    make_slice("a", endpoints=["10.180.1.11"]),
+    make_slice("a", endpoints=["10.180.1.12", "10.180.1.11"]),
+    make_slice("a", name="a-2", endpoints=["10.180.1.13"]),
+    make_slice("b", endpoints=[{"addresses": ["10.180.2.1"], "nodeName": "node2"}]),
+]  # fmt: skip
+_EVENTS = st.lists(
+    st.tuples(
+        st.sampled_from(["put", "remove", "sync", "fail", "flush", "audit"]),
+        st.sampled_from([*_SERVICES, *_SLICES]),
+        st.integers(0, 3),
+    ),
+    max_size=20,
+)
+
+
+@settings(max_examples=60)
+@given(_EVENTS, st.sampled_from([None, 5]))
+def test_whatever_happened_the_next_good_sync_makes_the_kernel_right(events, max_batch_rules):
+    world = World(Metrics(CollectorRegistry()), max_batch_rules=max_batch_rules)
+    world.listed(make_node())
+    known = {}
+    for what, item, number in events:
+        key = (item["kind"], item["metadata"]["name"])
+        if what == "put":
+            world.put(item)
+            known[key] = item
+        elif what == "remove":
+            world.store.delete(item["kind"], "default", item["metadata"]["name"])
+            known.pop(key, None)
+        elif what == "fail":
+            world.kernel.fail_restore(IptablesError("odd"), after_tables=number)
+            try:
+                world.sync()
+            except IptablesError:
+                pass
+            else:
+                world.kernel._restore_failures.clear()  # it had nothing to write
+        elif what == "sync":
+            world.sync()
+        else:
+            if what == "flush":
+                world.kernel.tables = fake_iptables.empty_tables()
+            world.syncer.forget_live()
+    world.sync()
+
+    assert world.own() == desired(*known.values())
+
+
+# The loop ----------------------------------------------------------------------------------------
+
+
+class Health:
+    """Keeps what the loop tells the health server."""
+
+    def __init__(self):
+        self.told = []
+        self.changed = threading.Condition()
+
+    def _tell(self, what):
+        with self.changed:
+            self.told.append(what)
+            self.changed.notify_all()
+
+    def started(self, family):
+        self._tell("started")
+
+    def queued(self, family):
+        self._tell("queued")
+
+    def updated(self, family):
+        self._tell("updated")
+
+    def wait_for(self, *wanted):
+        with self.changed:
+            assert self.changed.wait_for(lambda: self.told == list(wanted), timeout=10), self.told
+
+
+@pytest.fixture
+def health():
+    return Health()
+
+
+@pytest.fixture
+def loop(world, health):
+    """Give a loop that runs in a thread of its own until the test ends."""
+    pacer = Pacer(retry_s=0.01, audit_s=3600)
+    loop = SyncLoop(V4, world.syncer, pacer, health=health, metrics=world.metrics)
+    failed = []
+
+    def run():
+        try:
+            loop.run()
+        except Exception as error:  # noqa: BLE001 - told by the fixture's end
+            failed.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    health.wait_for("started")
+    yield loop
+    loop.stop()
+    thread.join(timeout=10)
+    assert not thread.is_alive()
+    assert failed == []
+
+
+def test_nudge_makes_a_sync(world, loop, health):
+    world.put(make_slice(endpoints=["10.180.1.12"]))
+    loop.nudge()
+    health.wait_for("started", "queued", "updated")
+
+    assert world.own() == desired(make_service(), make_slice(endpoints=["10.180.1.12"]))
+
+
+@pytest.mark.parametrize(
+    ("error", "event"), [(BatchRejected("no"), "sync.failed"), (LockTimeout("no"), "sync.delayed")]
+)
+def test_failed_sync_is_tried_again_without_being_asked(world, loop, health, error, event):
+    world.kernel.fail_restore(error)
+    world.put(make_slice(endpoints=["10.180.1.12"]))
+    with capture_logs() as logs:
+        loop.nudge()
+        health.wait_for("started", "queued", "queued", "updated")
+
+    assert event in [line["event"] for line in logs]
+    assert world.own() == desired(make_service(), make_slice(endpoints=["10.180.1.12"]))
+
+
+def test_sync_before_everything_was_listed_is_no_update(metrics, health):
+    world = World(metrics)
+    loop = SyncLoop(
+        V4, world.syncer, Pacer(retry_s=1, audit_s=3600), health=health, metrics=metrics
+    )
+
+    assert loop._sync() == "ok"
+    assert health.told == []
+
+
+def test_audit_comes_unasked_and_reads_the_kernel(world, health):
+    """A clock that jumps: the loop sleeps only until the condition is notified."""
+    now = [0.0]
+    pacer = Pacer(retry_s=1, audit_s=60)
+    loop = SyncLoop(
+        V4, world.syncer, pacer, health=health, metrics=world.metrics, clock=lambda: now[0]
+    )
+    pacer.finished(0.0, took_s=0.0, outcome="ok")
+    world.kernel.tables["nat"]["KUBE-MARK-MASQ"] = ()
+    now[0] = 60.0
+
+    assert loop._wait()
+    assert loop._sync() == "ok"
+    assert world.own() == desired(make_service(), make_slice())
+
+
+def test_stopped_loop_ends_at_once(world, health):
+    loop = SyncLoop(
+        V4, world.syncer, Pacer(retry_s=1, audit_s=60), health=health, metrics=world.metrics
+    )
+    loop.stop()
+    loop.run()
+
+    assert health.told == ["started"]
