@@ -9,6 +9,7 @@ behind in the one that nobody looks at still meet every packet.
 import shutil
 import subprocess
 from collections.abc import Iterable
+from typing import Final
 
 import structlog
 
@@ -18,6 +19,9 @@ from kubeproxy_py.iptables import chains, plan, runner
 from kubeproxy_py.model import IPFamily
 
 log = structlog.get_logger()
+
+# It answers within milliseconds, or waits for something that does not come.
+_NFT_LIMIT_S: Final = 60
 
 
 def removal(live: chains.Tables) -> plan.Batch:
@@ -92,16 +96,23 @@ def remove_nft_mode_tables() -> bool:
     is_clean = True
     for family in ("ip", "ip6"):
         table = [family, "kube-proxy"]
-        if _nft(program, "list", "table", *table).returncode:
+        if _nft(program, "list", "table", *table) is not None:
             continue
-        done = _nft(program, "delete", "table", *table)
-        if done.returncode:
+        error = _nft(program, "delete", "table", *table)
+        if error is not None:
             is_clean = False
-            log.error("cleanup.nft_table_left", table=table, error=done.stderr.strip())
+            log.error("cleanup.nft_table_left", table=table, error=error)
         else:
             log.info("cleanup.nft_table_deleted", table=table)
     return is_clean
 
 
-def _nft(*argv: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(argv, capture_output=True, text=True, check=False, timeout=60)  # noqa: S603 - fixed argv, no shell
+def _nft(*argv: str) -> str | None:
+    """Run nft; return what went wrong, or None."""
+    try:
+        done = subprocess.run(
+            argv, capture_output=True, text=True, check=False, timeout=_NFT_LIMIT_S
+        )  # noqa: S603 - fixed argv, no shell
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return str(error)
+    return done.stderr.strip() if done.returncode else None

@@ -1,9 +1,10 @@
 """argv → settings → one of the sub-commands → exit status. What they do is other modules' business."""
 
 import dataclasses
+import functools
 import sys
 from pathlib import Path
-from typing import Final, NoReturn, cast
+from typing import Any, Final, NoReturn, cast
 
 import click
 import structlog
@@ -13,6 +14,7 @@ from kubeproxy_py import (
     config,
     daemon,
     desired,
+    explain_command,
     flag_types,
     flags,
     host,
@@ -118,6 +120,38 @@ def plan_command(flag_values: flags.FlagValues, host_facts: flags.HostFacts) -> 
             click.echo(f"# {family.value}, {backend}")
             click.echo(batch.render(), nl=False)
     sys.exit(found)
+
+
+@cli.command("explain", cls=flag_types.Command)
+@flags.rule_flags
+@flags.host_fact_flags
+@click.argument("service", required=False, default="", metavar="[NAMESPACE/NAME]")
+@click.option(
+    "--from", "source", default="", metavar="IP", help="Who sends; this node if not said."
+)
+@click.option("--to", default="", metavar="IP:PORT/PROTO", help="Where to; tcp if not said.")
+@click.option("--in-interface", default="", metavar="DEV", help="By which interface it comes.")
+@click.option("--live", "is_live", is_flag=True, help="Look at the rules this host has now.")
+@click.option("--output", type=click.Choice(["text", "json"]), default="text", show_default=True)
+def explain(
+    flag_values: flags.FlagValues, host_facts: flags.HostFacts, output: str, **asked: Any
+) -> None:
+    """Walk a packet, or all who may use a Service, through the rules: what becomes of it, and why."""
+    settings = _settings(flag_values)
+    question = explain_command.Question(**asked)
+    if question.is_live and settings.manifests:
+        raise ConfigError("cannot use --manifests with --live: this host's rules are looked at")
+
+    def find(family: IPFamily) -> explain_command.Situation:
+        if question.is_live:
+            return explain_command.live(settings, host_facts, family)
+        return explain_command.desired(_build(settings, host_facts, family), host_facts)
+
+    families = [host_facts.ip_family] if host_facts.ip_family else list(IPFamily)
+    bold = functools.partial(click.style, bold=True) if sys.stdout.isatty() else str
+    click.echo(
+        explain_command.answer(question, find, families, as_json=output == "json", bold=bold)
+    )
 
 
 def _facts_of_host(stated: flags.HostFacts, programs: runner.Programs) -> flags.HostFacts:

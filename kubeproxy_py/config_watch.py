@@ -26,11 +26,12 @@ class ConfigFile:
 
     def has_changed(self) -> bool:
         """Tell whether it was rewritten or renamed since the last call. Cheap enough to poll."""
-        info = os.fstat(self._fd)
-        if info.st_nlink == 0:
+        # The name before the file: the other way round, a file deleted in between would count as
+        # one that was renamed, and a ConfigMap's update would restart a few nodes of every cluster.
+        has_its_name = self._has_its_name()
+        if os.fstat(self._fd).st_nlink == 0:
             return False
-        if not self._path.exists():
-            # It has a name, but no longer this one.
+        if not has_its_name:
             return True
         stamp = self._look()
         if stamp == self._stamp:
@@ -39,6 +40,13 @@ class ConfigFile:
         digest = self._read()
         is_same, self._digest = digest == self._digest, digest
         return not is_same
+
+    def _has_its_name(self) -> bool:
+        try:
+            named = self._path.stat()
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        return os.path.samestat(named, os.fstat(self._fd))
 
     def _look(self) -> tuple[int, int]:
         info = os.fstat(self._fd)

@@ -40,7 +40,7 @@ from kubeproxy_py import (
     watch,
 )
 from kubeproxy_py import log as logging
-from kubeproxy_py.errors import KubeProxyError
+from kubeproxy_py.errors import ConfigError, KubeProxyError
 from kubeproxy_py.flags import Settings
 from kubeproxy_py.iptables import runner
 from kubeproxy_py.model import IPFamily, Kind, Node, Problem, ServiceName
@@ -59,6 +59,8 @@ _AUDIT_PERIODS: Final = 1
 # How long SIGTERM waits for threads: together with the rest, the process ends within two seconds.
 _STOP_S: Final = 1.0
 _TICK_S: Final = 1.0
+# How soon to look whether the Node is there: a local API server answers within milliseconds.
+_FIRST_LOOK_S: Final = 0.05
 
 
 class Daemon:
@@ -91,10 +93,14 @@ class Daemon:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._stop_by_signal)
         threading.excepthook = self._note_crash
+        # From here on, because starting may take minutes and the file was read before.
+        file = self._open_config_file()
         try:
             if self._start():
-                self._wait()
+                self._wait(file)
         finally:
+            if file is not None:
+                file.close()
             self._notifier.stopping()
             self._shut_down()
         if self._failure is not None:
@@ -108,12 +114,9 @@ class Daemon:
     def _start(self) -> bool:
         """Start everything; False if a signal came first or there is nothing to run."""
         log.info("daemon.starting", version=kubeproxy_py.__version__, node=self._node_name)
-        if not self._settings.init_only:
-            cleanup.remove_nft_mode_tables()
         # Before the Node is known, the backend's families are: the store must know them.
         backend = host.choose_backend(self._settings.iptables_backend)
-        bound = options.node_ips(self._config.bind_address, ())
-        kernels = host.find_kernels(backend, bound.primary, self._metrics)
+        kernels = host.find_kernels(backend, self._metrics)
         self._store = Store(
             node_name=self._node_name,
             families=tuple(kernels),
@@ -124,6 +127,11 @@ class Daemon:
             allow_external_ips=config.allows_service_external_ips(self._config),
         )
         self._start_sources_of_nodes()
+        if not self._settings.init_only:
+            cleanup.remove_nft_mode_tables()
+        # Units that start after this one may be what brings the API server up.
+        self._notifier.ready()
+        self._notifier.status(f"waiting for Node {self._node_name}")
         node = self._wait_for_node()
         if self._stop.is_set():
             return False
@@ -179,23 +187,28 @@ class Daemon:
     def _wait_for_node(self) -> Node | None:
         """Wait for the Node object, without limit, then for what it may still lack."""
         store = self._store
+        pause_s = _FIRST_LOOK_S
         while not store.has_listed("Node"):
-            if self._stop.wait(0.05):
+            if self._rest(pause_s):
                 return None
+            pause_s = min(1.2 * pause_s, _TICK_S)
         if self._settings.manifests and store.node is None:
             # Nobody registers Nodes where there is no API server; a file may, but need not.
             log.info("node.absent", message="no Node object in the manifests; going on without one")
             self._health.set_node(eligible=True)
             return None
         wait_s = 0.0 if self._settings.manifests else _NODE_IPS_WAIT_S
-        if not host.wait_until(
-            lambda: store.node is not None and bool(store.node.ips), self._stop.wait, wait_s
-        ):
+        has_ips = host.wait_until(
+            lambda: store.node is not None and bool(store.node.ips), self._rest, wait_s
+        )
+        if self._stop.is_set():
+            return None
+        if not has_ips:
             what = "to exist" if store.node is None else "to be assigned IPs"
             log.error("node.wait_ended", message=f"Timed out waiting for node {what}")
         if self._config.detect_local_mode == "NodeCIDR" and not host.wait_until(
             lambda: store.node is not None and bool(store.node.pod_cidrs),
-            self._stop.wait,
+            self._rest,
             0.0 if self._settings.manifests else _POD_CIDRS_WAIT_S,
         ):
             if self._stop.is_set():
@@ -223,6 +236,8 @@ class Daemon:
         )
         reconciler.start()
         self._undo.append(reconciler.stop)
+        for family, kernel in found.kernels.items():
+            self._loops[family] = self._build_loop(family, kernel, ips, found, reconciler)
         cidrs = options.node_port_cidrs(self._config, ips)
         if any(listed is not None for listed in cidrs.values()):
             # Node ports follow the addresses of the interfaces.
@@ -233,8 +248,6 @@ class Daemon:
                 # The audit looks at the addresses as well, only later.
                 log.warning("hostnet.watch_unavailable", error=str(error))
             self._undo.append(watcher.stop)
-        for family, kernel in found.kernels.items():
-            self._loops[family] = self._build_loop(family, kernel, ips, found, reconciler)
         for family, loop in self._loops.items():
             self._spawn(f"sync-{family.value}", loop.run)
             self._undo.append(loop.stop)
@@ -246,7 +259,7 @@ class Daemon:
         self._recorder.node_event(
             self._node_name, event_type="Normal", reason="Starting", action="StartKubeProxy"
         )
-        self._notifier.ready()
+        self._notifier.status("programming Services")
 
     def _build_loop(
         self,
@@ -425,18 +438,24 @@ class Daemon:
 
     # Running and stopping ----------------------------------------------------------------------------
 
-    def _wait(self) -> None:
-        file = self._open_config_file()
-        tick_s = min(_TICK_S, self._notifier.watchdog_s or _TICK_S)
-        while not self._stop.wait(tick_s):
-            self._notifier.alive()
+    def _wait(self, file: config_watch.ConfigFile | None) -> None:
+        while not self._rest(_TICK_S):
             if file is not None and file.has_changed():
                 self._fail("content of the proxy server's configuration file was updated")
-        if file is not None:
-            file.close()
+
+    def _rest(self, seconds: float) -> bool:
+        """Wait at most *seconds*, and tell systemd that we are alive; True: it is time to stop."""
+        self._notifier.alive()
+        return self._stop.wait(min(seconds, self._notifier.watchdog_s or seconds))
 
     def _open_config_file(self) -> config_watch.ConfigFile | None:
-        return config_watch.ConfigFile(path) if (path := self._settings.config_file) else None
+        path = self._settings.config_file
+        try:
+            return config_watch.ConfigFile(path) if path else None
+        except OSError as error:
+            raise ConfigError(
+                f"cannot watch configuration file {path}: {error.strerror}"
+            ) from error
 
     def _shut_down(self) -> None:
         self._stop.set()

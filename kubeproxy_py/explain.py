@@ -32,6 +32,7 @@ from kubeproxy_py.explain_match import (
 from kubeproxy_py.iptables.chains import Chains, Tables
 
 __all__ = [
+    "POLICY",
     "UNKNOWN_INTERFACE",
     "CtState",
     "Facts",
@@ -57,6 +58,8 @@ _TABLES_OF: Final[Mapping[str, tuple[str, ...]]] = {
     "OUTPUT": ("raw", "mangle", "nat", "filter"),
     "POSTROUTING": ("mangle", "nat"),
 }
+#: Stands for a rule at the end of a built-in chain; no rule can be this text.
+POLICY: Final = "policy"
 #: Targets that look at a packet and let it go on.
 _ONLOOKERS: Final = frozenset({"", "LOG", "NFLOG", "TRACE"})
 
@@ -67,7 +70,7 @@ class Step(msgspec.Struct, frozen=True):
     table: str
     hook: str
     chain: str
-    rule: str  # as iptables-save prints it; "policy" at the end of a built-in chain
+    rule: str  # as iptables-save prints it, or POLICY
     effect: str  # e.g. "jump KUBE-SERVICES", "mark 0x4000", "dnat 10.0.1.7:8080", "accept"
     depth: int = 0  # how many chains led here from the built-in one
 
@@ -90,6 +93,7 @@ class Outcome(msgspec.Struct, frozen=True):
     destination: str
     port: int
     is_masqueraded: bool
+    #: What decided: table, chain and comment of the rule.
     reason: str
     dnat_rule: Step | None
     #: The rule that asked for masquerading (its mark), or did it.
@@ -294,7 +298,7 @@ class _Walker:
         policy = self._policies.get((branch.table, branch.hook), "ACCEPT")
         if policy == "DROP":
             branch.frames = ((branch.hook, 0),)
-            branch.verdict_rule = branch.step("policy", "drop")
+            branch.verdict_rule = branch.step(POLICY, "drop")
             return "dropped"
         return None
 
@@ -441,12 +445,11 @@ def _reason(branch: _Branch, verdict: Verdict) -> str:
     decisive = branch.dnat_rule if verdict == "delivered" else branch.verdict_rule
     if decisive is None:
         return "no rule changes its destination or refuses it"
-    if decisive.rule == "policy":
-        return f"policy DROP of {decisive.table} {decisive.chain}"
+    where = f"{decisive.table} {decisive.chain}"
+    if decisive.rule == POLICY:
+        return f"policy of {where}"
     comment = parse_rule(decisive.rule).comment
-    what = decisive.effect.partition(" ")[0]
-    said = f": {comment}" if comment else ""
-    return f"{what} in {decisive.table} {decisive.chain}{said}"
+    return f"{where}: {comment}" if comment else where
 
 
 def _address_text(ip: str, port: int) -> str:

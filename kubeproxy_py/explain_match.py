@@ -8,7 +8,7 @@ What it does not understand it says so of: an answer is yes, no, or "cannot be t
 import functools
 import ipaddress
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from fractions import Fraction
 from typing import Final, Literal, NamedTuple
 
@@ -89,7 +89,7 @@ class Rule(msgspec.Struct, frozen=True, kw_only=True):
     target: str  # "": the rule only counts
     is_goto: bool
     comment: str
-    #: What the parts mean that are asked for by name: -s, -d, -i, -p, --dport; without "!" ones.
+    #: Arguments of matches by option as written: "-s", "! -s", "--dport".
     values: Mapping[str, str]
     change_mark: Callable[[int], int] | None
     nat_to: Destination
@@ -203,8 +203,7 @@ class _Parser:
         except ValueError:
             check = _cannot_tell
         self._conditions.append(Condition(text, check, is_negated))
-        if not is_negated:
-            self._values[option] = argument
+        self._values[f"{'! ' if is_negated else ''}{option}"] = argument
 
     def _unknown(self, text: str) -> None:
         self._conditions.append(Condition(text, _cannot_tell))

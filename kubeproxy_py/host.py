@@ -51,12 +51,10 @@ def choose_backend(wanted: str) -> runner.Backend:
     return runner.detect_backend(families)
 
 
-def find_kernels(
-    backend: runner.Backend, primary: IPFamily, metrics: Metrics
-) -> dict[IPFamily, runner.Iptables]:
+def find_kernels(backend: runner.Backend, metrics: Metrics) -> dict[IPFamily, runner.Iptables]:
     """Return the families that work, V4 first; both if both do, whatever the cluster uses.
 
-    Raises KubeProxyError if the *primary* family does not work.
+    Raises KubeProxyError if none works.
     """
     kernels: dict[IPFamily, runner.Iptables] = {}
     failures: dict[IPFamily, str] = {}
@@ -78,10 +76,6 @@ def find_kernels(
     if not kernels:
         why = "; ".join(failures.values())
         raise KubeProxyError(f"iptables is not available on this host : {why}")
-    if primary not in kernels:
-        raise KubeProxyError(
-            f'no support for primary IP family "{primary.value}": {failures[primary]}'
-        )
     for family, why in failures.items():
         log.info("iptables.family_unavailable", ip_family=family.value, reason=why)
     return kernels

@@ -26,7 +26,8 @@ class Notifier:
         self._send("STOPPING=1")
 
     def alive(self) -> None:
-        self._send("WATCHDOG=1")
+        if self._interval_s is not None:
+            self._send("WATCHDOG=1")
 
     def status(self, text: str) -> None:
         self._send(f"STATUS={text}")

@@ -21,6 +21,7 @@ PRIMARY: Final = "primary"
 _LOOPBACK: Final = {IPFamily.V4: "127.0.0.1", IPFamily.V6: "::1"}
 # What the kernel accepts as an interface's name, less what would need quoting in a rule.
 _INTERFACE: Final = re.compile(r"[^\s/\"'\\!+]{1,15}", re.ASCII)
+_MAX_PREFIX: Final = 14
 
 
 class NodeIPs(msgspec.Struct, frozen=True):
@@ -123,8 +124,10 @@ def local_detector(
         is_prefix = mode == "InterfaceNamePrefix"
         detect = config.detect_local
         name = detect.interface_name_prefix if is_prefix else detect.bridge_interface
-        if not _INTERFACE.fullmatch(name):
-            raise ConfigError(f"cannot use {name!r} as an interface name (detectLocal)")
+        # The plus sign counts: iptables refuses more than 15 characters with it.
+        if not _INTERFACE.fullmatch(name) or (is_prefix and len(name) > _MAX_PREFIX):
+            field = "interfaceNamePrefix" if is_prefix else "bridgeInterface"
+            raise ConfigError(f"cannot use detectLocal.{field} {name!r}: no interface is called so")
         return rules.LocalDetector("-i", f"{name}+" if is_prefix else name)
     cidrs = pod_cidrs if mode == "NodeCIDR" else config.cluster_cidrs
     for text in cidrs:

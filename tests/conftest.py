@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 from prometheus_client import CollectorRegistry
 
@@ -19,6 +20,10 @@ from kubeproxy_py.metrics import Metrics
 
 _UNIT = Path(__file__).parent / "unit"
 _HARMLESS = frozenset({"openssl", Path(sys.executable).name})
+
+# How long one example takes says more about what else runs on the machine than about the code.
+hypothesis.settings.register_profile("unhurried", deadline=None)
+hypothesis.settings.load_profile("unhurried")
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -50,7 +50,8 @@ def is_ours(table: str, chain: str) -> bool:
 def parse_save(lines: Iterable[str]) -> Tables:
     """Parse the output of ``iptables-save`` (any number of tables, with or without counters).
 
-    Raises IptablesError for a table that the program could not show: what is in it is not known.
+    Raises IptablesError for a table of ours that the program could not show: what is in it is not
+    known.
     """
     tables: Tables = {}
     rules: dict[str, list[str]] = {}
@@ -73,8 +74,9 @@ def parse_save(lines: Iterable[str]) -> Tables:
             table, rules = line[1:].strip(), {}
         elif line.startswith("COMMIT"):
             tables[table] = {chain: tuple(texts) for chain, texts in rules.items()}
-        elif "is incompatible" in line:
-            # Rules that only `nft` can show stand in iptables' own table.
+        elif "is incompatible" in line and any(f"`{ours}'" in line for ours in _EXACT):
+            # Rules that only `nft` can show stand in iptables' own table; in raw, say, they are
+            # nothing to us.
             said = line.strip().removeprefix("# ")
             raise IptablesError(f"cannot read live rules: {said}")
     return tables

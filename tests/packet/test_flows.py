@@ -4,7 +4,7 @@ import pytest
 
 from tests.support import flows, scenario
 from tests.support.flows import Kernel
-from tests.support.scenario import NODE_SERVER_PORT, PRIVATE_PORT, RULESETS
+from tests.support.scenario import RULESETS
 from tests.support.scenarios import ALL
 
 pytestmark = pytest.mark.packet
@@ -13,11 +13,8 @@ pytestmark = pytest.mark.packet
 @pytest.fixture(scope="module")
 def kernel(lab, servers, backend):
     """Give the backend, with servers on the node beside those of the pods."""
-    name = f"node-{backend}"
-    servers.serve(lab.node, name="node", tcp=[80, NODE_SERVER_PORT])
-    servers.serve(lab.node, name="node", tcp=[PRIVATE_PORT], ips=["127.0.0.1"])
-    yield Kernel(lab, backend)
-    servers.stop("node")
+    with flows.node_servers(lab, servers):
+        yield Kernel(lab, backend)
 
 
 @pytest.mark.parametrize("dispatch", RULESETS)

@@ -103,7 +103,7 @@ class FakeIptables:
                     open_table = None
                     committed += 1
                 else:
-                    _execute(line, open_table[1])
+                    _execute(line, *open_table)
             except _RefusedError as error:
                 raise BatchRejected(f"line {number}: {error}", batch=text, line=number) from error
         if failure is not None:
@@ -117,8 +117,8 @@ class FakeIptables:
         return dict(self.tables[table])
 
 
-def _execute(line: str, chains: Chains) -> None:
-    """Do what one *line* of a restore input says to the *chains* of its table."""
+def _execute(line: str, table: str, chains: Chains) -> None:
+    """Do what one *line* of a restore input says to the *chains* of *table*."""
     if line.startswith(":"):
         _declare(line, chains)
         return
@@ -134,6 +134,8 @@ def _execute(line: str, chains: Chains) -> None:
     to = target(rule)
     if to is not None and to not in _TARGETS and (to not in chains or to in BUILTIN):
         raise _RefusedError(f"no chain or target {to}")
+    if table == "nat" and to in ("DROP", "REJECT"):
+        raise _RefusedError(f"{to} in nat")
     if command == "-A":
         chains[chain] = (*chains[chain], rule)
     elif command == "-I":

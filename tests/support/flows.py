@@ -15,8 +15,18 @@ from kubeproxy_py import explain, nfacct
 from kubeproxy_py.iptables.chains import Tables
 from kubeproxy_py.model import IPFamily
 from tests.support import segments, traffic
+from tests.support.addresses import V4
 from tests.support.netns import Backend, Lab, Namespace, iptables_programs
-from tests.support.scenario import PRIVATE_PORT, Flow, Place, Rules, Scenario, address_of
+from tests.support.scenario import (
+    ENDPOINT_PORT,
+    NODE_SERVER_PORT,
+    PRIVATE_PORT,
+    Flow,
+    Place,
+    Rules,
+    Scenario,
+)
+from tests.support.servers import Servers
 
 Kind = Literal["reached", "refused", "dropped", "untouched", "reset"]
 
@@ -25,7 +35,7 @@ _CLIENT_PORT: Final = 40000  # any that is nobody's
 _INTERFACES: Final[dict[Place, str]] = {"pod1": "cni0", "pod2": "cni0", "node": ""}
 _UPLINK: Final = "eth0"
 
-_ANSWER_S: Final = 3.0  # a refusal by ICMPv6 reaches a TCP client on the node after one second
+_ANSWER_S: Final = 3.0  # a SYN whose refusal is not noticed is sent again after one second
 _SILENCE_S: Final = 0.3  # far above the millisecond that an answer takes
 # Connections until every endpoint must have been met: with three of them, one in 10^11 runs fails.
 _MAX_CONNECTIONS: Final = 64
@@ -34,6 +44,8 @@ _MIN_CONNECTIONS: Final = 3
 _STICKY_CONNECTIONS: Final = 21
 _CLIENTS: Final = 8  # flows tried at once
 
+#: Port unreachable, which is how kube-proxy rejects.
+_REJECTED: Final = re.compile(r"(?:ICMP 3/3|ICMPv6 1/4) from (.+)")
 _REMEMBERED: Final = re.compile(r"-m recent --set --name (\S+)")
 
 
@@ -163,19 +175,34 @@ def _is_answered(scenario: Scenario, tables: Tables, flow: Flow, outcome: explai
         ),
         ctstate="ESTABLISHED",
     )
-    verdicts = {each.verdict for each in explain.trace(tables, answer, _facts(scenario, {})).outcomes}
+    verdicts = {
+        each.verdict for each in explain.trace(tables, answer, _facts(scenario, {})).outcomes
+    }
     return verdicts == {"accepted"}
 
 
 # The kernel --------------------------------------------------------------------------------------
 
 
+@contextlib.contextmanager
+def node_servers(lab: Lab, servers: Servers) -> Iterator[None]:
+    """Let the node serve what scenarios expect of it, until the block ends."""
+    servers.serve(lab.node, tcp=[ENDPOINT_PORT, NODE_SERVER_PORT])
+    servers.serve(lab.node, tcp=[PRIVATE_PORT], ips=[V4.loopback])
+    try:
+        yield
+    finally:
+        servers.stop(lab.node.name)
+
+
 class Kernel:
     """One backend of a lab whose pods serve as conftest.py lets them."""
 
-    def __init__(self, lab: Lab, backend: Backend) -> None:
+    def __init__(self, lab: Lab, backend: Backend, *, answer_s: float = _ANSWER_S) -> None:
+        """Wait *answer_s* for an answer where one is wanted."""
         self._lab = lab
         self._backend = backend
+        self._answer_s = answer_s
         with lab.node.entered():
             #: Whether rules may count; a rule that names a missing counter is refused.
             self.has_nfacct = all(
@@ -188,7 +215,9 @@ class Kernel:
     def try_all(self, scenario: Scenario, rules: Rules) -> list[Miss]:
         """Put *rules* into the kernel and try all flows there; nothing of it stays."""
         with self.programmed(scenario, rules), ThreadPoolExecutor(_CLIENTS) as pool:
-            tried = pool.map(lambda flow: judge(flow, [self._connect(scenario, flow)]), scenario.flows)
+            tried = pool.map(
+                lambda flow: judge(flow, [self._connect(scenario, flow)]), scenario.flows
+            )
             return [miss for miss in tried if miss is not None]
 
     @contextlib.contextmanager
@@ -200,10 +229,11 @@ class Kernel:
         node.write_sysctls({"net/ipv4/conf/*/route_localnet": "1"})
         with contextlib.ExitStack() as undo:
             undo.callback(self._lab.reset_rules)
-            for ip in scenario.bound:
-                link = [f"{ip}/{scenario.plan.host_bits}", "dev", "lo"]
-                node.run(["ip", "address", "add", *link])
-                undo.callback(node.run, ["ip", "address", "delete", *link])
+            for ns, ips in ((node, scenario.bound), (self._lab.gateway, scenario.beyond)):
+                for ip in ips:
+                    link = [f"{ip}/{scenario.plan.host_bits}", "dev", "lo"]
+                    ns.run(["ip", "address", "add", *link])
+                    undo.callback(ns.run, ["ip", "address", "delete", *link])
             if any(flow.to == scenario.plan.loopback != flow.source for flow in scenario.flows):
                 undo.enter_context(self._lab.loopback_over_the_wire())
             restore = iptables_programs(self._backend, family).restore
@@ -251,7 +281,7 @@ class Kernel:
             flow.port,
             flow.protocol,
             source_ip=scenario.plan.outside_blocked if flow.source == "blocked" else "",
-            timeout_s=_SILENCE_S if is_silent else _ANSWER_S,
+            timeout_s=_SILENCE_S if is_silent else self._answer_s,
         )
         return _found_by_connecting(scenario, flow, outcome)
 
@@ -270,9 +300,13 @@ class Kernel:
 def _found_by_connecting(scenario: Scenario, flow: Flow, outcome: traffic.Outcome) -> Found:
     if outcome.kind == "answered":
         return _found_by_answer(scenario, flow, outcome)
+    rejected = _REJECTED.fullmatch(outcome.cause)
+    if rejected and rejected[1] in scenario.local_addresses():
+        # The kernel tells a sender of datagrams on the node twice: by ICMP, and that it may not.
+        return Found("refused")
     if outcome.kind == "refused":
         # A reset is the word of the host to which the packet came, since nobody serves there.
-        return Found("refused" if outcome.cause.startswith("ICMP") else "untouched")
+        return Found("untouched")
     # Unreachable: addresses of rules are routed to the node and from there to where they came from,
     # until the hop limit is used up.
     kinds: dict[traffic.Kind, Kind] = {"timeout": "dropped", "unreachable": "untouched"}
@@ -298,7 +332,9 @@ def explain_misses(scenario: Scenario, rules: Rules, misses: Sequence[Miss]) -> 
         lines.append(f"  {miss}")
         for outcome in trace(scenario, rules.tables, miss.flow).outcomes:
             share = f"{float(outcome.probability):.1%}"
-            lines.append(f"    tracer: {share} {outcome.verdict} {outcome.destination}:{outcome.port}")
+            lines.append(
+                f"    tracer: {share} {outcome.verdict} {outcome.destination}:{outcome.port}"
+            )
             lines += [
                 f"      {step.table} {step.hook} {'  ' * step.depth}{step.chain} {step.rule}"
                 for step in outcome.path

@@ -40,7 +40,7 @@ NODE_PORT: Final = 30080
 NODE_SERVER_PORT: Final = 32000
 #: A server that the node has on 127.0.0.1 alone.
 PRIVATE_PORT: Final = 83
-_ENDPOINT_PORT: Final = 80
+ENDPOINT_PORT: Final = 80  # of endpoints, unless told
 
 
 class Wanted(NamedTuple):
@@ -100,6 +100,9 @@ class Scenario:
     zone: str = "zone-a"
     #: Addresses that the node has beside those of the plan.
     bound: tuple[str, ...] = ()
+    #: Addresses that the gateway takes for its own: it answers to what the node lets out, instead of
+    #: sending it back as it does with all addresses of rules.
+    beyond: tuple[str, ...] = ()
     #: Rules of other programs, by table and built-in chain.
     foreign: Tables | None = None
 
@@ -160,7 +163,7 @@ def service(
     *endpoints: Place | Json,
     protocol: str = "TCP",
     node_port: int | None = None,
-    target_port: int = _ENDPOINT_PORT,
+    target_port: int = ENDPOINT_PORT,
     name: str = "web",
     **fields: Any,
 ) -> tuple[Json, ...]:
@@ -243,4 +246,4 @@ def _options(scenario: Scenario, *, has_nfacct: bool) -> rules.Options:
 
 
 def _with_port(text: str) -> str:
-    return text if ":" in text else f"{text}:{_ENDPOINT_PORT}"
+    return text if ":" in text else f"{text}:{ENDPOINT_PORT}"

@@ -105,7 +105,9 @@ def _ports(plan: AddressPlan) -> Iterator[Scenario]:
                 ports=[make_port(port, name=name) for name, (port, _) in names.items()],
             ),
             *(
-                make_slice("web", name=f"web-{name}", endpoints=[endpoint(plan, place)], ports=[port])
+                make_slice(
+                    "web", name=f"web-{name}", endpoints=[endpoint(plan, place)], ports=[port]
+                )
                 for place, name, port in (
                     ("pod1", "http", make_port(80, name="http")),
                     ("pod2", "admin", make_port(8080, name="admin")),
@@ -481,6 +483,20 @@ def _load_balancers(plan: AddressPlan) -> Iterator[Scenario]:
         ],
     )
     yield Scenario(
+        name="a node outside of the source ranges is dropped before its packets leave",
+        plan=plan,
+        objects=service(
+            plan,
+            "pod1",
+            **_load_balancer(plan, loadBalancerSourceRanges=[plan.outside_allowed_cidr]),
+        ),
+        beyond=(vip,),
+        flows=[
+            Flow("node", vip, 80, DROPPED),
+            Flow("node", vip, 81, UNTOUCHED),
+        ],
+    )
+    yield Scenario(
         name="source ranges and the Local policy hold together",
         plan=plan,
         objects=service(
@@ -589,6 +605,16 @@ def _no_endpoints(plan: AddressPlan) -> Iterator[Scenario]:
             ],
         )
     yield Scenario(
+        name="a Service without endpoints refuses the node before its packets leave",
+        plan=plan,
+        objects=service(plan, protocol="TCP"),
+        beyond=(plan.cluster_ip,),
+        flows=[
+            Flow("node", plan.cluster_ip, 80, REFUSED),
+            Flow("node", plan.cluster_ip, 81, UNTOUCHED),
+        ],
+    )
+    yield Scenario(
         name="an endpoint that neither is ready nor serves is none",
         plan=plan,
         objects=service(
@@ -658,7 +684,9 @@ def _hints(plan: AddressPlan) -> Iterator[Scenario]:
     far = endpoint(plan, "remote2", zone_hints=["zone-b"])
     unhinted = endpoint(plan, "remote2")
 
-    def hinted(name: str, wanted: tuple[str, ...], *endpoints: Json, zone: str = "zone-a") -> Scenario:
+    def hinted(
+        name: str, wanted: tuple[str, ...], *endpoints: Json, zone: str = "zone-a"
+    ) -> Scenario:
         return Scenario(
             name=name,
             plan=plan,
@@ -675,7 +703,9 @@ def _hints(plan: AddressPlan) -> Iterator[Scenario]:
         same_zone,
         far,
     )
-    yield hinted("an endpoint without any hint switches hints off", ("pod1", "remote2"), here, unhinted)
+    yield hinted(
+        "an endpoint without any hint switches hints off", ("pod1", "remote2"), here, unhinted
+    )
     yield hinted(
         "a zone without endpoints is given all of them",
         ("remote1", "remote2"),
@@ -684,7 +714,11 @@ def _hints(plan: AddressPlan) -> Iterator[Scenario]:
         zone="zone-c",
     )
     yield hinted(
-        "a node without a zone is given all of them", ("remote1", "remote2"), same_zone, far, zone=""
+        "a node without a zone is given all of them",
+        ("remote1", "remote2"),
+        same_zone,
+        far,
+        zone="",
     )
 
 
@@ -744,12 +778,16 @@ def _foreign_rules(plan: AddressPlan) -> Iterator[Scenario]:
     yield Scenario(
         name="a health check node port is open where the node closes its ports",
         plan=plan,
-        objects=service(plan, **_load_balancer(plan, healthCheckNodePort=NODE_SERVER_PORT, **_LOCAL)),
+        objects=service(
+            plan, **_load_balancer(plan, healthCheckNodePort=NODE_SERVER_PORT, **_LOCAL)
+        ),
         foreign={
             "filter": {"INPUT": (f"-p tcp -m tcp --dport {NODE_SERVER_PORT} -j DROP",)},
         },
         flows=[
-            Flow("outside", plan.node, NODE_SERVER_PORT, reaches(f"node:{NODE_SERVER_PORT}"), "kept"),
+            Flow(
+                "outside", plan.node, NODE_SERVER_PORT, reaches(f"node:{NODE_SERVER_PORT}"), "kept"
+            ),
         ],
     )
 

@@ -49,9 +49,7 @@ def _raw_socket(ns: Namespace, ip: str) -> socket.socket:
 
 def _segment(source: str, destination: str, source_port: int, port: int) -> bytes:
     def header(checksum: int) -> bytes:
-        return _HEADER.pack(
-            source_port, port, 1, 0, _WORDS << 4, _SYN_AND_FIN, 65535, checksum, 0
-        )
+        return _HEADER.pack(source_port, port, 1, 0, _WORDS << 4, _SYN_AND_FIN, 65535, checksum, 0)
 
     if ":" in destination:
         return header(0)  # the kernel puts the checksum in

@@ -64,11 +64,24 @@ def test_second_blank_that_iptables_prints_is_taken_away():
     assert parse(text)["nat"]["X"] == ("-m nfacct --nfacct-name some_pkts -j DROP",)
 
 
-def test_table_that_only_nft_can_show_is_an_error():
-    text = "# Table `nat' is incompatible, use 'nft' tool.\n"
+@pytest.mark.parametrize("table", ["filter", "nat", "mangle"])
+def test_table_of_ours_that_only_nft_can_show_is_an_error(table):
+    text = f"# Table `{table}' is incompatible, use 'nft' tool.\n"
 
-    with pytest.raises(IptablesError, match="cannot read live rules: Table `nat' is incompatible"):
+    with pytest.raises(IptablesError, match=f"cannot read live rules: Table `{table}' is incomp"):
         parse(text)
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "# Table `raw' is incompatible, use 'nft' tool.",
+        "# Table `filter' contains incompatible base-chains, use 'nft' tool to list them.",
+        "# Warning: iptables-legacy tables present, use iptables-legacy-save to see them",
+    ],
+)
+def test_what_iptables_says_of_other_tables_and_chains_is_nothing_to_us(said):
+    assert parse(f"{said}\n{SAVED}") == parse(SAVED)
 
 
 def test_comment_of_a_rule_is_not_taken_for_a_complaint():

@@ -4,7 +4,7 @@ import itertools
 import re
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kubeproxy_py import rules
@@ -17,6 +17,8 @@ from tests.support.builders import make_endpoint, make_node, make_port, make_ser
 from tests.support.fake_iptables import FakeIptables
 
 OPTIONS = states.golden_options(IPFamily.V4)
+# Each example plans a whole change; half the usual number found every mistake that there was.
+FEW = settings(max_examples=50)
 SIZES = st.sampled_from([None, 1, 3, 10, 50])
 
 #: What the kubelet, a network plugin and an administrator have put beside our chains.
@@ -84,6 +86,7 @@ def steps(batches):
 # Properties --------------------------------------------------------------------------------------
 
 
+@FEW
 @given(strategies.service_states(), strategies.service_states(), SIZES)
 def test_kernel_takes_every_batch_and_has_what_was_desired(before, after, max_rules):
     kernel = kernel_with(ruleset_of(before), FOREIGN)
@@ -94,6 +97,7 @@ def test_kernel_takes_every_batch_and_has_what_was_desired(before, after, max_ru
     assert own(kernel.save()) == own(ruleset.tables)
 
 
+@FEW
 @given(strategies.service_states(), strategies.service_states(), SIZES)
 def test_model_of_the_kernel_is_right_and_planning_again_gives_nothing(before, after, max_rules):
     kernel = kernel_with(ruleset_of(before), FOREIGN)
@@ -106,6 +110,7 @@ def test_model_of_the_kernel_is_right_and_planning_again_gives_nothing(before, a
     assert planned(ruleset, live) == []
 
 
+@FEW
 @given(strategies.service_states(), strategies.changes(), SIZES)
 def test_touched_chains_are_all_that_must_be_looked_at(before, changed, max_rules):
     ruleset = ruleset_of(before)
@@ -125,6 +130,7 @@ def test_touched_chains_are_all_that_must_be_looked_at(before, changed, max_rule
     assert own(kernel.save()) == own(ruleset.tables)
 
 
+@FEW
 @given(strategies.service_states(), strategies.service_states(), SIZES)
 def test_what_is_not_ours_is_not_touched(before, after, max_rules):
     kernel = kernel_with(ruleset_of(before), FOREIGN)
@@ -135,6 +141,7 @@ def test_what_is_not_ours_is_not_touched(before, after, max_rules):
         assert foreign(kernel.save()) == had
 
 
+@FEW
 @given(strategies.service_states(), st.randoms(use_true_random=False), SIZES)
 def test_whatever_others_did_to_our_chains_is_repaired(known, random, max_rules):
     ruleset = ruleset_of(known)
@@ -153,6 +160,7 @@ def test_whatever_others_did_to_our_chains_is_repaired(known, random, max_rules)
     assert all(jump.rule in kernel.tables[jump.table][jump.builtin] for jump in rules.JUMPS)
 
 
+@FEW
 @given(strategies.service_states(), strategies.service_states(), SIZES)
 def test_no_prefix_leaves_a_jump_to_nowhere(before, after, max_rules):
     kernel = kernel_with(ruleset_of(before))
@@ -210,6 +218,7 @@ def states_between(before, after, max_rules):
     return seen
 
 
+@FEW
 @given(strategies.service_states(), strategies.service_states(), SIZES)
 def test_what_is_delivered_before_and_after_is_delivered_all_the_time(before, after, max_rules):
     seen = states_between(before, after, max_rules)
@@ -218,6 +227,7 @@ def test_what_is_delivered_before_and_after_is_delivered_all_the_time(before, af
     assert all(always <= delivered(tables) for tables in seen)
 
 
+@FEW
 @given(strategies.service_states(), strategies.service_states(), SIZES)
 def test_reject_stands_before_delivery_ends_and_until_it_begins(before, after, max_rules):
     seen = states_between(before, after, max_rules)
@@ -227,6 +237,7 @@ def test_reject_stands_before_delivery_ends_and_until_it_begins(before, after, m
     assert all(handled <= delivered(tables) | refused(tables) for tables in seen)
 
 
+@FEW
 @given(strategies.service_states(), strategies.service_states(), SIZES)
 def test_source_ranges_never_leak(before, after, max_rules):
     for tables in states_between(before, after, max_rules):

@@ -85,18 +85,24 @@ def test_programs_of_a_backend_are_found_by_their_own_name(programs, family, pre
     )
 
 
-@pytest.mark.parametrize(("kind", "backend"), [("nft", "nft"), ("legacy", "legacy"), ("old", "legacy")])
+@pytest.mark.parametrize(
+    ("kind", "backend"), [("nft", "nft"), ("legacy", "legacy"), ("old", "legacy")]
+)
 def test_plain_iptables_is_of_the_backend_it_names(programs, kind, backend):
     programs.all({"-nft": "broken", "-legacy": "broken", "": kind})
 
     assert runner.find_programs(V4, backend).save == f"{programs.directory}/iptables-save"
 
 
-@pytest.mark.parametrize(("kind", "backend"), [("nft", "legacy"), ("legacy", "nft"), ("broken", "nft")])
+@pytest.mark.parametrize(
+    ("kind", "backend"), [("nft", "legacy"), ("legacy", "nft"), ("broken", "nft")]
+)
 def test_programs_of_the_other_backend_are_not_taken(programs, kind, backend):
     programs.all({"-nft": "broken", "-legacy": "broken", "": kind})
 
-    with pytest.raises(BackendMissing, match=f"cannot find a working iptables for backend {backend}"):
+    with pytest.raises(
+        BackendMissing, match=f"cannot find a working iptables for backend {backend}"
+    ):
         runner.find_programs(V4, backend)
 
 
@@ -180,7 +186,7 @@ def test_save_is_parsed(iptables, programs):
 def test_failed_save_is_not_believed_whatever_it_said(iptables, programs, says):
     programs.write("iptables-nft-save", says=says, complains="Killed", status=1)
 
-    with pytest.raises(IptablesError, match="cannot run .*iptables-nft-save: Killed"):
+    with pytest.raises(IptablesError, match=r"cannot run .*iptables-nft-save: Killed"):
         iptables.save()
 
 
@@ -248,7 +254,9 @@ def test_check_tells_why_not(iptables, programs):
     ],
 )  # fmt: skip
 def test_failure_is_told_by_its_kind(iptables, programs, complains, status, error):
-    programs.write("iptables-nft-restore", complains=complains, status=status, body="cat >/dev/null")
+    programs.write(
+        "iptables-nft-restore", complains=complains, status=status, body="cat >/dev/null"
+    )
 
     with pytest.raises(IptablesError) as caught:
         iptables.restore(BATCH)
@@ -283,14 +291,14 @@ def test_exit_status_stands_in_for_a_message(iptables, programs):
 def test_program_that_vanished_is_an_error_and_not_a_crash(iptables, programs):
     (programs.directory / "iptables-nft-restore").unlink()
 
-    with pytest.raises(IptablesError, match="cannot run .*: No such file or directory"):
+    with pytest.raises(IptablesError, match=r"cannot run .*: No such file or directory"):
         iptables.restore(BATCH)
 
 
 def test_program_for_saving_that_vanished_is_an_error_and_not_a_crash(iptables, programs):
     (programs.directory / "iptables-nft-save").unlink()
 
-    with pytest.raises(IptablesError, match="cannot run .*: No such file or directory"):
+    with pytest.raises(IptablesError, match=r"cannot run .*: No such file or directory"):
         iptables.save()
 
 

@@ -91,7 +91,17 @@ def test_nothing_is_handed_out_before_both_kinds_were_listed(metrics):
     assert (world.store.take(V4), world.store.is_synced, world.nudged) == (None, False, [])
 
     world.listed("EndpointSlice", make_slice())
-    assert (world.addresses(), world.store.is_synced) == ({"default/svc1": ["10.180.1.11:8080"]}, True)
+    assert (world.addresses(), world.store.is_synced) == (
+        {"default/svc1": ["10.180.1.11:8080"]},
+        True,
+    )
+
+
+def test_each_kind_tells_whether_it_was_listed(metrics):
+    world = World(metrics)
+    world.listed("Node")
+
+    assert [world.store.has_listed(kind) for kind in ("Node", "Service")] == [True, False]
 
 
 def test_every_family_is_nudged_once_when_everything_was_listed(metrics):
@@ -176,7 +186,9 @@ def test_endpoints_of_a_deleted_service_serve_its_successor(world):
     assert world.addresses() == {"default/svc1": ["10.180.1.11:8080"]}
 
 
-@pytest.mark.parametrize("spec", [{"type": "ExternalName"}, {"clusterIP": "None", "ipFamilies": None}])
+@pytest.mark.parametrize(
+    "spec", [{"type": "ExternalName"}, {"clusterIP": "None", "ipFamilies": None}]
+)
 def test_service_that_becomes_one_to_ignore_goes(world, spec):
     world.put(make_service(**spec))
 
@@ -191,7 +203,9 @@ def test_deleted_slice_leaves_the_others(world):
     assert world.addresses() == {"default/svc1": ["10.180.1.1:8080"]}
 
 
-@pytest.mark.parametrize("item", [make_service("unknown"), make_slice("unknown"), make_node("unknown")])
+@pytest.mark.parametrize(
+    "item", [make_service("unknown"), make_slice("unknown"), make_node("unknown")]
+)
 def test_deleting_what_is_not_known_is_no_change(world, item):
     world.remove(item)
 
@@ -280,7 +294,9 @@ def test_listing_again_never_shows_a_service_without_its_endpoints(world):
     [
         pytest.param([make_slice(ports=[make_port(53, protocol="UDP")])], True, id="comes"),
         pytest.param([make_slice(endpoints=["10.180.1.12"])], False, id="TCP"),
-        pytest.param([make_service(ports=[make_port(53, protocol="UDP")])], False, id="Service only"),
+        pytest.param(
+            [make_service(ports=[make_port(53, protocol="UDP")])], False, id="Service only"
+        ),
     ],
 )
 def test_change_of_udp_endpoints_is_told(world, change, has_udp):
@@ -392,6 +408,13 @@ def test_everything_can_be_asked_for_at_any_time(world):
 
     assert changes.is_everything
     assert world.addresses(changes=changes) == {"default/svc1": ["10.180.1.11:8080"]}
+
+
+def test_everything_includes_what_changed(world):
+    world.put(make_slice(endpoints=["10.180.1.12"]))
+    world.store.take(V4, everything=True)
+
+    assert world.addresses() == {}
 
 
 def test_service_that_went_is_not_in_everything(world):

@@ -16,7 +16,7 @@ from kubeproxy_py.model import IPFamily, ServiceName
 from kubeproxy_py.pacer import Pacer
 from kubeproxy_py.ruleset import HealthCheck, Ruleset
 from kubeproxy_py.store import Store
-from kubeproxy_py.sync import Effects, SyncLoop, Syncer
+from kubeproxy_py.sync import Effects, Syncer, SyncLoop
 from tests.support import fake_iptables, states
 from tests.support.builders import make_node, make_port, make_service, make_slice
 from tests.support.fake_iptables import FakeIptables
@@ -219,9 +219,7 @@ def test_batches_of_bounded_size_lead_to_the_same_end(metrics):
 
 def test_health_checks_are_published_after_every_sync(world):
     world.put(
-        make_service(
-            type="LoadBalancer", externalTrafficPolicy="Local", healthCheckNodePort=30100
-        )
+        make_service(type="LoadBalancer", externalTrafficPolicy="Local", healthCheckNodePort=30100)
     )
     world.sync()
 
@@ -252,7 +250,10 @@ def test_services_that_lack_local_endpoints_are_told(world):
     world.sync()
 
     name = "sync_proxy_rules_no_local_endpoints_total"
-    assert [world.value(name, traffic_policy=policy) for policy in ("internal", "external")] == [1, 0]
+    assert [world.value(name, traffic_policy=policy) for policy in ("internal", "external")] == [
+        1,
+        0,
+    ]
 
 
 def test_full_and_partial_syncs_are_timed_apart(world):
@@ -500,7 +501,9 @@ def test_foreign_jump_to_a_service_that_goes_holds_up_nothing_for_long(world):
 
 _SERVICES = [
     make_service("a", cluster_ip="172.30.0.1"),
-    make_service("a", cluster_ip="172.30.0.1", type="NodePort", ports=[make_port(80, nodePort=30080)]),
+    make_service(
+        "a", cluster_ip="172.30.0.1", type="NodePort", ports=[make_port(80, nodePort=30080)]
+    ),
     make_service("b", cluster_ip="172.30.0.2", internalTrafficPolicy="Local"),
 ]
 _SLICES = [
