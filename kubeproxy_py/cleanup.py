@@ -14,7 +14,7 @@ from typing import Final
 import structlog
 
 from kubeproxy_py import rules
-from kubeproxy_py.errors import BackendMissing, IptablesError
+from kubeproxy_py.errors import IptablesError
 from kubeproxy_py.iptables import chains, plan, runner
 from kubeproxy_py.model import IPFamily
 
@@ -25,10 +25,21 @@ _NFT_LIMIT_S: Final = 60
 
 
 def removal(live: chains.Tables) -> plan.Batch:
-    """Return the batch that removes all that is ours from *live*. Pure."""
+    """
+    Return the batch that removes all that is ours from *live*. Pure.
+
+    A chain that a rule of others jumps to cannot be deleted; it is emptied.
+    """
     sections = []
     for table in (rules.NAT, rules.FILTER, rules.MANGLE):
         there = live.get(table, {})
+        # Our own jumps from built-in chains go in the same section.
+        ours = {jump.rule for jump in rules.JUMPS if jump.table == table}
+        others = {
+            name: tuple(text for text in texts if text not in ours) for name, texts in there.items()
+        }
+        held = plan.held_by_others({table: others}, table)
+        mine = sorted(name for name in there if chains.is_ours(table, name))
         section = plan.Section(
             table,
             remove=tuple(
@@ -38,7 +49,8 @@ def removal(live: chains.Tables) -> plan.Batch:
                 for rule in there.get(jump.builtin, ())
                 if rule == jump.rule
             ),
-            delete=tuple(sorted(name for name in there if chains.is_ours(table, name))),
+            write={name: () for name in mine if name in held and there[name]},
+            delete=tuple(name for name in mine if name not in held),
         )
         if section:
             sections.append(section)
@@ -52,7 +64,7 @@ def clean(families: Iterable[IPFamily], backends: Iterable[runner.Backend]) -> b
         for family in families:
             try:
                 programs = runner.find_programs(family, backend)
-            except BackendMissing as error:
+            except IptablesError as error:
                 log.debug("cleanup.skipped", error=str(error))
                 continue
             is_clean = _clean_one(programs) and is_clean
@@ -110,9 +122,9 @@ def remove_nft_mode_tables() -> bool:
 def _nft(*argv: str) -> str | None:
     """Run nft; return what went wrong, or None."""
     try:
-        done = subprocess.run(
+        done = subprocess.run(  # noqa: S603 - fixed argv, no shell
             argv, capture_output=True, text=True, check=False, timeout=_NFT_LIMIT_S
-        )  # noqa: S603 - fixed argv, no shell
+        )
     except (OSError, subprocess.TimeoutExpired) as error:
         return str(error)
     return done.stderr.strip() if done.returncode else None

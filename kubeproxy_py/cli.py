@@ -148,6 +148,8 @@ def explain(
         return explain_command.desired(_build(settings, host_facts, family), host_facts)
 
     families = [host_facts.ip_family] if host_facts.ip_family else list(IPFamily)
+    if question.is_live and not hostnet.has_ipv6():
+        families = [family for family in families if family is not IPFamily.V6]
     bold = functools.partial(click.style, bold=True) if sys.stdout.isatty() else str
     click.echo(
         explain_command.answer(question, find, families, as_json=output == "json", bold=bold)

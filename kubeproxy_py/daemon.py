@@ -116,7 +116,7 @@ class Daemon:
         log.info("daemon.starting", version=kubeproxy_py.__version__, node=self._node_name)
         # Before the Node is known, the backend's families are: the store must know them.
         backend = host.choose_backend(self._settings.iptables_backend)
-        kernels = host.find_kernels(backend, self._metrics)
+        kernels = host.find_kernels(backend)
         self._store = Store(
             node_name=self._node_name,
             families=tuple(kernels),
@@ -278,7 +278,13 @@ class Daemon:
             conntrack_is_liberal=sysctls.conntrack_is_liberal(),
         )
         cidrs = options.node_port_cidrs(self._config, ips)[family]
-        built = options.rules_options(self._config, family, facts, node_port_addresses=None)
+        built = options.rules_options(
+            self._config,
+            family,
+            facts,
+            node_port_addresses=None,
+            layout=self._settings.dispatch,
+        )
 
         def served() -> tuple[str, ...] | None:
             local = () if cidrs is None else host.addresses_of(family)

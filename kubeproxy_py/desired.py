@@ -127,7 +127,13 @@ def build(
         cidrs[family], _local_addresses(facts, ips, family), allows_loopback=allows_loopback
     )
     ruleset = Ruleset(
-        options.rules_options(settings.config, family, known, node_port_addresses=served)
+        options.rules_options(
+            settings.config,
+            family,
+            known,
+            node_port_addresses=served,
+            layout=settings.dispatch,
+        )
     )
     changes = store.take(family)
     assert changes is not None

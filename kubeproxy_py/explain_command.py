@@ -141,7 +141,7 @@ def _trace(question: Question, find: Find, families: Iterable[IPFamily]) -> expl
     to = _parse_destination(question.to)
     family = addresses.family_of(to.ip)
     if family not in families:
-        raise ConfigError(f"cannot use --to {question.to}: --ip-family is another one")
+        raise ConfigError(f"cannot use --to {question.to}: {family.value} is not looked at")
     source = addresses.parse_ip(question.source) if question.source else ""
     if source is None:
         raise ConfigError(f"cannot read --from {question.source!r} as an IP address")

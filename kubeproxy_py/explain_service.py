@@ -25,8 +25,6 @@ _NODE_PORT: Final = "node port"
 _HEALTH_CHECK: Final = "health check node port"
 _EXTERNAL: Final = "external or load balancer IP"
 _NO_ENDPOINTS: Final = ("has no endpoints", "has no local endpoints")
-# Chains that shared chains lead to, but that are no parts of them.
-_NOT_PARTS: Final = (rules.NODE_PORTS, rules.MARK_MASQ)
 #: Where doors are found, and what a comment there says of them; the first finding of a door counts.
 _DOORS: Final[tuple[tuple[str, str, Mapping[str, str]], ...]] = (
     (
@@ -177,13 +175,13 @@ def _node_port_addresses(tables: Tables, node_ip: str) -> list[str]:
 def _texts(chains: Chains, root: str) -> Iterator[str]:
     """Yield the rules of a shared chain and of those that it is divided into."""
     pending = [root]
-    seen = {*pending, *_NOT_PARTS}
+    seen = {root}
     while pending:
         for text in chains.get(pending.pop(), ()):
             yield text
-            target = text.rpartition("-j ")[2]
-            is_port_chain = target.startswith(rules.PORT_CHAIN_PREFIXES)
-            if target in chains and target not in seen and not is_port_chain:
+            # What leads to a Service or to node ports has a comment; what leads to a part, none.
+            target = "" if "--comment" in text else text.rpartition("-j ")[2]
+            if target in chains and target not in seen:
                 seen.add(target)
                 pending.append(target)
 

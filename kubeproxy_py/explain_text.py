@@ -24,7 +24,7 @@ Bold = Callable[[str], str]
 
 _VERDICTS: Final = {
     "delivered": "is delivered",
-    "accepted": "passes as it is",
+    "accepted": "passes",
     "rejected": "is rejected",
     "dropped": "is dropped",
 }
@@ -74,7 +74,9 @@ def _headline(trace: Trace) -> str:
         return f"{what} has more than one outcome."
     said = f"{what} {_VERDICTS[outcomes[0].verdict]}"
     if verdicts != {"delivered"}:
-        return f"{said}{_by(outcomes[0])}."
+        is_masqueraded = any(outcome.is_masqueraded for outcome in outcomes)
+        source = f"; {_source_text(outcomes)}" if is_masqueraded else ""
+        return f"{said}{_by(outcomes[0])}{source}."
     if len(outcomes) == 1:
         to = f"to {_address(outcomes[0].destination, outcomes[0].port)}"
     else:
@@ -170,12 +172,12 @@ def _note(step: Step) -> str:
     what, _, argument = step.effect.partition(" ")
     if argument == rules.MARK_MASQ:
         return f"{_why_masqueraded(step)}: will be masqueraded"
+    if rule.chance < 1:
+        return f"chosen here with {_percent(rule.chance)}"
     if argument.startswith("KUBE-SEP-"):
         if "--rcheck" in step.rule:
             return "was here before: the same endpoint again"
-        if rule.chance < 1:
-            return f"chosen here with {_percent(rule.chance)}"
-        return "what is left" if "->" in rule.comment else ""
+        return "what is left"
     if what == "dnat":
         return f"destination becomes {argument}"
     if what == "snat":

@@ -25,6 +25,7 @@ from kubeproxy_py.config import KubeProxyConfiguration
 from kubeproxy_py.errors import ConfigError
 from kubeproxy_py.flag_table import FLAGS, Flag, Group
 from kubeproxy_py.model import IPFamily
+from kubeproxy_py.rules import Layout
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -80,7 +81,7 @@ class Settings:
     init_only: bool = False
     cleanup: bool = False
     manifests: tuple[str, ...] = ()
-    dispatch: str = "auto"  # auto, flat, tree
+    dispatch: Layout = "auto"
     iptables_backend: str = "auto"  # auto, nft, legacy
     warnings: tuple[str, ...] = ()
     flag_values: Mapping[str, str] = field(default_factory=dict)  # for /flagz; sorted by name

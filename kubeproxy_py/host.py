@@ -15,7 +15,6 @@ from kubeproxy_py import hostnet, nfacct, rules
 from kubeproxy_py.config import KubeProxyConfiguration
 from kubeproxy_py.errors import BackendMissing, ConfigError, IptablesError, KubeProxyError
 from kubeproxy_py.iptables import runner
-from kubeproxy_py.metrics import Metrics
 from kubeproxy_py.model import IPFamily
 
 log = structlog.get_logger()
@@ -51,7 +50,7 @@ def choose_backend(wanted: str) -> runner.Backend:
     return runner.detect_backend(families)
 
 
-def find_kernels(backend: runner.Backend, metrics: Metrics) -> dict[IPFamily, runner.Iptables]:
+def find_kernels(backend: runner.Backend) -> dict[IPFamily, runner.Iptables]:
     """Return the families that work, V4 first; both if both do, whatever the cluster uses.
 
     Raises KubeProxyError if none works.
@@ -64,10 +63,7 @@ def find_kernels(backend: runner.Backend, metrics: Metrics) -> dict[IPFamily, ru
             continue
         try:
             programs = runner.find_programs(family, backend)
-            kernel = runner.Iptables(
-                programs,
-                observe_lock_wait=metrics.iptables_lock_wait.labels(family.value).observe,
-            )
+            kernel = runner.Iptables(programs)
             kernel.check()
         except (BackendMissing, IptablesError) as error:
             failures[family] = str(error)

@@ -163,9 +163,6 @@ class Metrics:
         self.iptables_restore_lines = counter(
             "iptables_restore_lines_total", "Lines of restore input that were committed", _FAMILY
         )
-        self.iptables_lock_wait = histogram(
-            "iptables_lock_wait_seconds", "Time spent waiting for the xtables lock"
-        )
         self.iptables_chains_repaired = counter(
             "iptables_chains_repaired_total",
             "Chains of ours that somebody else had changed and that were written again",

@@ -157,6 +157,7 @@ def rules_options(
     facts: Facts,
     *,
     node_port_addresses: tuple[str, ...] | None,
+    layout: rules.Layout = "flat",
 ) -> rules.Options:
     """Put together all that the rules of *family* depend on."""
     cidrs = node_port_cidrs(config, facts.node_ips)
@@ -173,6 +174,7 @@ def rules_options(
         has_nfacct=facts.has_nfacct,
         drops_invalid=not facts.conntrack_is_liberal,
         node_port_addresses=node_port_addresses,
+        layout=layout,
     )
 
 

@@ -102,7 +102,7 @@ class Recorder:
         regarding = {"kind": "Service", "apiVersion": "v1", "namespace": namespace, "name": name}
         self._record(namespace, regarding, event_type, reason, action, note)
 
-    def _record(  # noqa: PLR0917 - the fields of an Event
+    def _record(
         self,
         namespace: str,
         regarding: dict[str, str],

@@ -11,13 +11,19 @@ Every string that reaches a rule was validated where its record was made (``reco
 
 import base64
 import hashlib
+import math
+import zlib
 from collections.abc import Iterable
-from typing import Final, NamedTuple
+from typing import Final, Literal, NamedTuple
 
 import msgspec
 
 from kubeproxy_py import addresses, topology
 from kubeproxy_py.model import Endpoint, IPFamily, Protocol, ServicePort, ServicePortName
+
+#: How much of what kube-proxy writes one after the other becomes trees of chains: nothing, where there
+#: is much of it, or everything.
+Layout = Literal["flat", "auto", "tree"]
 
 FILTER: Final = "filter"
 NAT: Final = "nat"
@@ -44,6 +50,9 @@ INVALID_DROPPED_COUNTER: Final = "ct_state_invalid_dropped_pkts"
 _HASH_LENGTH: Final = 16
 # Above this many endpoints kube-proxy leaves the per-endpoint comments out, for speed.
 LARGE_CLUSTER_ENDPOINTS: Final = 1000
+# With more endpoints than this the choice is made in two steps, where kube-proxy's layout is not
+# asked for: one chain of them takes every new connection past half of them.
+_MAX_FLAT_ENDPOINTS: Final = 32
 # The kernel keeps the probability of `statistic` as a 31-bit fixed-point number.
 _PROBABILITY_ONE: Final = 1 << 31
 
@@ -76,6 +85,7 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     node_port_addresses: tuple[str, ...] | None = None
     #: Leave out the per-endpoint comments.
     is_large: bool = False
+    layout: Layout = "flat"
 
     @property
     def host(self) -> str:
@@ -102,6 +112,7 @@ class Entry(NamedTuple):
     table: str
     chain: str
     address: str  # destination address, "" for a rule that goes by port alone
+    protocol: Protocol
     port: int
     rule: str
 
@@ -148,7 +159,11 @@ def probability(n: int) -> str:
 
     kube-proxy writes ten decimals, the kernel rounds those to 31 bits, and save prints eleven.
     """
-    return f"{round(float(f'{1 / n:.10f}') * _PROBABILITY_ONE) / _PROBABILITY_ONE:.11f}"
+    return _fixed_point(float(f"{1 / n:.10f}"))
+
+
+def _fixed_point(chance: float) -> str:
+    return f"{round(chance * _PROBABILITY_ONE) / _PROBABILITY_ONE:.11f}"
 
 
 def build(port: ServicePort, endpoints: tuple[Endpoint, ...], options: Options) -> Fragment:
@@ -193,8 +208,18 @@ class _Builder:
 
     # Dispatch entries --------------------------------------------------------------------------
 
-    def _entry(self, table: str, chain: str, rule: str, *, address: str = "", port: int) -> None:
-        self._entries.append(Entry(table, chain, address, port, rule))
+    def _entry(
+        self,
+        table: str,
+        chain: str,
+        rule: str,
+        *,
+        port: int,
+        address: str = "",
+        protocol: Protocol | None = None,
+    ) -> None:
+        protocol = protocol or self._port.name.protocol
+        self._entries.append(Entry(table, chain, address, protocol, port, rule))
 
     def _failure(self, *, has_usable_here: bool) -> tuple[str, str] | None:
         """Return (comment, target) for traffic that cannot be delivered, or None if it can."""
@@ -279,7 +304,7 @@ class _Builder:
             # The load balancer must get an answer also, above all, when it is "none here".
             comment = _comment(f"{self._text} health check node port")
             rule = f"-p tcp {comment} {_dport('tcp', port)} -j ACCEPT"
-            self._entry(FILTER, NODE_PORTS, rule, port=port)
+            self._entry(FILTER, NODE_PORTS, rule, port=port, protocol="tcp")
 
     # The ServicePort's own chains ----------------------------------------------------------------
 
@@ -292,10 +317,10 @@ class _Builder:
             self._chains[names.fw] = tuple(self._firewall_rules())
         if choice.cluster:
             own = masquerade if self._internal_chain == names.svc else ()
-            self._chains[names.svc] = (*own, *self._balance(choice.cluster))
+            self._chains[names.svc] = (*own, *self._balance(names.svc, choice.cluster))
         if choice.local:
             own = masquerade if self._internal_chain == names.svl else ()
-            self._chains[names.svl] = (*own, *self._balance(choice.local))
+            self._chains[names.svl] = (*own, *self._balance(names.svl, choice.local))
         for endpoint in choice.reachable:
             self._chains[names.sep(endpoint.address)] = self._endpoint_rules(endpoint)
 
@@ -358,7 +383,7 @@ class _Builder:
                 yield f"-s {ip}/{self._options.host} {comment} -j {names.ext}"
         yield _comment(f"other traffic to {self._text} will be dropped by {PROXY_FIREWALL}")
 
-    def _balance(self, endpoints: tuple[Endpoint, ...]) -> Iterable[str]:
+    def _balance(self, chain: str, endpoints: tuple[Endpoint, ...]) -> Iterable[str]:
         addressed = [
             (endpoint.address, self._names.sep(endpoint.address)) for endpoint in endpoints
         ]
@@ -371,15 +396,41 @@ class _Builder:
                     f"-m recent --rcheck --seconds {seconds} --reap --name {sep} "
                     f"--mask {self._options.recent_mask} --rsource -j {sep}"
                 )
+        if self._options.layout != "flat" and len(addressed) > _MAX_FLAT_ENDPOINTS:
+            yield from self._choose_group(chain, addressed)
+        else:
+            yield from self._choose_endpoint(addressed)
+
+    def _choose_endpoint(self, addressed: list[tuple[str, str]]) -> Iterable[str]:
         left = len(addressed)
         for address, sep in addressed:
             comment = self._endpoint_comment(f"{self._text} -> {address}")
             # The first of three takes 1/3, the second half of what is left, the last the rest.
-            chance = (
-                f"-m statistic --mode random --probability {probability(left)} " if left > 1 else ""
-            )
+            chance = _chance(probability(left)) if left > 1 else ""
             yield f"{comment}{chance}-j {sep}"
             left -= 1
+
+    def _choose_group(self, chain: str, addressed: list[tuple[str, str]]) -> Iterable[str]:
+        """Choose a group by its size, and leave the choice of an endpoint to the group's chain.
+
+        A packet passes about twice the square root of their number instead of half of it. The
+        groups go by hash, so that an endpoint more or less changes one of them.
+        """
+        # A power of two, so that it changes seldom: all groups change with it. Two hexadecimal
+        # digits are what a chain's name has room for.
+        groups = min(1 << math.isqrt(len(addressed)).bit_length(), 256)
+        members: dict[int, list[tuple[str, str]]] = {}
+        for address, sep in addressed:
+            number = zlib.crc32(sep.encode()) % groups
+            members.setdefault(number, []).append((address, sep))
+        left = len(addressed)
+        for number, group in sorted(members.items()):
+            name = f"{chain}-{number:02x}"
+            self._chains[name] = tuple(self._choose_endpoint(group))
+            comment = self._endpoint_comment(f"{self._text} -> {len(group)} endpoints")
+            chance = _chance(_fixed_point(len(group) / left)) if left > len(group) else ""
+            yield f"{comment}{chance}-j {name}"
+            left -= len(group)
 
     def _endpoint_rules(self, endpoint: Endpoint) -> tuple[str, ...]:
         options, protocol = self._options, self._port.name.protocol
@@ -399,6 +450,10 @@ class _Builder:
 
     def _endpoint_comment(self, text: str) -> str:
         return "" if self._options.is_large else f"{_comment(text)} "
+
+
+def _chance(share: str) -> str:
+    return f"-m statistic --mode random --probability {share} "
 
 
 def _comment(text: str) -> str:

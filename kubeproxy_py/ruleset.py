@@ -60,7 +60,7 @@ class Ruleset:
         #: Chains that changed since ``take_touched``.
         self._touched: set[ChainId] = set()
         self._services: dict[ServiceName, _Service] = {}
-        self._dispatch = dispatch.FlatDispatch()
+        self._dispatch = dispatch.Dispatch(options.family, options.layout)
         self._rule_counts: dict[str, int] = {rules.FILTER: 0, rules.NAT: 0, rules.MANGLE: 0}
         self._endpoints = 0
         self._lacking = (0, 0)
@@ -98,7 +98,10 @@ class Ruleset:
 
     def _apply_dispatch(self) -> None:
         for chain, texts in self._dispatch.take_changed().items():
-            self._set(chain, texts)
+            if texts is not None:
+                self._set(chain, texts)
+            elif chain.chain in self.tables.get(chain.table, {}):
+                self._drop(chain)
 
     def _replace(self, name: ServiceName, state: ServiceState | None) -> None:
         old = self._services.pop(name, _NO_SERVICE)

@@ -100,6 +100,8 @@ class Syncer:
         self._wall_clock = wall_clock
         # What the kernel has; None: unknown.
         self._live: chains.Tables | None = None
+        self._echoes = Echoes()
+        self._must_compare_all = False
         # The last sync left the kernel as desired: what differs when it is read, others changed.
         self._is_auditing = False
         # Outlive failed syncs: what they ask for is still to be done.
@@ -126,12 +128,14 @@ class Syncer:
         is_full = self._live is None
         try:
             result = self._write(names, started)
-        except IptablesError:
-            self._live = None
-            self._is_auditing = False
-            self._metrics.restore_failures.labels(self._family.value).inc()
-            if not is_full:
-                self._metrics.partial_restore_failures.labels(self._family.value).inc()
+        except IptablesError as error:
+            if isinstance(error, LockTimeout) and self._live is not None:
+                # Nothing of that batch was done, and what was done before is known. What this sync
+                # was about is not known any more, so the next compares everything, in memory.
+                self._must_compare_all = True
+            else:
+                self._live = None
+                self._is_auditing = False
             self._observe(is_full=is_full, seconds=self._clock() - started)
             raise
         self._observe(is_full=is_full, seconds=result.seconds)
@@ -173,6 +177,8 @@ class Syncer:
         if self._live is None:
             self._effects.prepare()
             self._live = self._kernel.save()
+            self._echoes.undo(self._live)
+        if is_full or self._must_compare_all:
             touched = names = None
         batches = plan.plan(
             self._ruleset.tables,
@@ -182,16 +188,15 @@ class Syncer:
             max_rules=self._max_batch_rules,
         )
         for batch in batches:
-            text = batch.render()
-            self._kernel.restore(text)
-            batch.apply_to(self._live)
-            self._metrics.iptables_restores.labels(self._family.value).inc()
-            self._metrics.iptables_restore_lines.labels(self._family.value).inc(text.count("\n"))
-        if is_full:
-            _adopt(self._live, self._ruleset.tables)
+            self._restore(batch, self._live, is_full=is_full)
+        self._must_compare_all = False
         if self._is_auditing:
             self._is_auditing = False
             self._tell_drift(batches, asked_for)
+            if batches:
+                self._echoes.learn(self._kernel.save(), self._ruleset.tables)
+        if is_full:
+            _adopt(self._live, self._ruleset.tables)
         sections = [section for batch in batches for section in batch.sections]
         return SyncResult(
             is_full=is_full,
@@ -203,6 +208,20 @@ class Syncer:
             chains_deleted=sum(len(section.delete) for section in sections),
             seconds=self._clock() - started,
         )
+
+    def _restore(self, batch: plan.Batch, live: chains.Tables, *, is_full: bool) -> None:
+        family = self._family.value
+        text = batch.render()
+        try:
+            self._kernel.restore(text)
+        except IptablesError:
+            self._metrics.restore_failures.labels(family).inc()
+            if not is_full:
+                self._metrics.partial_restore_failures.labels(family).inc()
+            raise
+        batch.apply_to(live)
+        self._metrics.iptables_restores.labels(family).inc()
+        self._metrics.iptables_restore_lines.labels(family).inc(text.count("\n"))
 
     def _tell_drift(self, batches: list[plan.Batch], asked_for: frozenset[ChainId]) -> None:
         """Log and count the chains that were written though no change of ours asked for it."""
@@ -260,6 +279,38 @@ class Syncer:
         self._metrics.sync_duration.labels(family).observe(seconds)
         kind = self._metrics.sync_full_duration if is_full else self._metrics.sync_partial_duration
         kind.labels(family).observe(seconds)
+
+
+class Echoes:
+    """Chains that read back otherwise than they were written.
+
+    Other versions of iptables print some rules in another way than the one that ours are written
+    in. Such a chain would look foreign at every look, and be written again for ever.
+    """
+
+    def __init__(self) -> None:
+        self._written: dict[ChainId, tuple[str, ...]] = {}
+        self._read: dict[ChainId, tuple[str, ...]] = {}
+
+    def learn(self, live: chains.Tables, desired: chains.Tables) -> None:
+        """Remember what differs in *live*, read just after *desired* was written."""
+        for table, wanted in desired.items():
+            for chain, texts in wanted.items():
+                found = live.get(table, {}).get(chain)
+                # Only another spelling will do: another program may have been that fast as well.
+                if found is not None and found != texts and _targets(found) == _targets(texts):
+                    self._written[ChainId(table, chain)] = texts
+                    self._read[ChainId(table, chain)] = found
+
+    def undo(self, live: chains.Tables) -> None:
+        """Put in *live* what was written in the place of what it is known to be read as."""
+        for chain, found in self._read.items():
+            if live.get(chain.table, {}).get(chain.chain) == found:
+                live[chain.table][chain.chain] = self._written[chain]
+
+
+def _targets(texts: tuple[str, ...]) -> list[str]:
+    return [f" {text}".partition(" -j ")[2].partition(" ")[0] for text in texts]
 
 
 def _adopt(live: chains.Tables, desired: chains.Tables) -> None:

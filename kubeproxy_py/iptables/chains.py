@@ -9,6 +9,7 @@ the only judge of what may be written or deleted.
 from collections.abc import Iterable
 from typing import Final
 
+from kubeproxy_py import dispatch
 from kubeproxy_py.errors import IptablesError
 from kubeproxy_py.model import Chains, Tables
 
@@ -36,15 +37,18 @@ _EXACT: Final = {
     ),
     "mangle": frozenset({"KUBE-PROXY-CANARY"}),
 }
-_PREFIXES: Final = {
-    "nat": ("KUBE-SVC-", "KUBE-SVL-", "KUBE-SEP-", "KUBE-FW-", "KUBE-EXT-"),
-}
+# In nat every chain of one ServicePort begins so, and those of our trees as well.
+_PREFIXES: Final = ("KUBE-SVC-", "KUBE-SVL-", "KUBE-SEP-", "KUBE-FW-", "KUBE-EXT-")
 BUILTIN: Final = frozenset({"PREROUTING", "INPUT", "FORWARD", "OUTPUT", "POSTROUTING"})
 
 
 def is_ours(table: str, chain: str) -> bool:
     """Tell whether kube-proxy (and so we) own *chain*; KUBE-FIREWALL is shared with the kubelet."""
-    return chain in _EXACT.get(table, ()) or chain.startswith(_PREFIXES.get(table, ("\0",)))
+    if chain in _EXACT.get(table, ()):
+        return True
+    if table == "nat":
+        return chain.startswith(_PREFIXES)
+    return table == "filter" and dispatch.tree_depth(chain) is not None
 
 
 def parse_save(lines: Iterable[str]) -> Tables:

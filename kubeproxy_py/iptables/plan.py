@@ -21,11 +21,9 @@ from typing import Final
 import msgspec
 
 from kubeproxy_py import rules
-from kubeproxy_py.dispatch import SHARED, ChainId
+from kubeproxy_py.dispatch import SHARED, ChainId, tree_depth
 from kubeproxy_py.iptables.chains import Chains, Tables, is_ours
 
-_SHARED_FILTER: Final = frozenset(chain.chain for chain in SHARED if chain.table == rules.FILTER)
-_SHARED_NAT: Final = frozenset(chain.chain for chain in SHARED if chain.table == rules.NAT)
 #: Shared with the kubelet: made if it is missing, because we jump to it, and else left alone.
 _ENSURED: Final = (ChainId(rules.FILTER, rules.FIREWALL),)
 #: Which chains jump to which: each kind only to kinds after it. A chain that is still jumped to cannot
@@ -158,17 +156,8 @@ class _Planner:
         return tuple(
             jump
             for jump in rules.JUMPS
-            if jump.table == table and jump.rule not in live.get(jump.builtin, ())
-        )
-
-    def _held(self, table: str) -> frozenset[str]:
-        """Return at least all chains that rules of others in *table* jump or go to."""
-        return frozenset(
-            f" {text}".rpartition(flag)[2].partition(" ")[0]
-            for chain, texts in self._live.get(table, {}).items()
-            if not is_ours(table, chain)
-            for text in texts
-            for flag in (" -j ", " -g ")
+            if jump.table == table
+            and not any(_is_jump(text, jump) for text in live.get(jump.builtin, ()))
         )
 
     def mangle(self) -> Iterator[Section]:
@@ -176,53 +165,61 @@ class _Planner:
 
     def filter_before_nat(self) -> Iterator[Section]:
         live = self._live.get(rules.FILTER, {})
-        write: Chains = {
-            chain: ()
-            for table, chain in _ENSURED
-            if chain not in live and chain not in self._desired.get(table, {})
-        }
-        for chain, texts in self._changed(rules.FILTER).items():
+        yield Section(
+            rules.FILTER,
+            {
+                chain: ()
+                for table, chain in _ENSURED
+                if chain not in live and chain not in self._desired.get(table, {})
+            },
+        )
+        for chain, texts in _bottom_up(self._changed(rules.FILTER)):
             wanted = set(texts)
             leaving = tuple(text for text in live.get(chain, ()) if text not in wanted)
-            if chain not in _SHARED_FILTER or not leaving:
-                write[chain] = texts
+            if not _is_dispatch(rules.FILTER, chain) or not leaving:
+                yield Section(rules.FILTER, {chain: texts})
             elif not wanted <= set(live.get(chain, ())):
-                write[chain] = (*texts, *leaving)
-        yield Section(rules.FILTER, write, self._missing_jumps(rules.FILTER))
+                yield Section(rules.FILTER, {chain: (*texts, *leaving)})
+        yield Section(rules.FILTER, insert=self._missing_jumps(rules.FILTER))
 
     def filter_after_nat(self) -> Iterator[Section]:
         live = self._live.get(rules.FILTER, {})
-        write = {
-            chain: texts
-            for chain, texts in self._changed(rules.FILTER).items()
-            if chain in _SHARED_FILTER and not set(live.get(chain, ())) <= set(texts)
-        }
-        yield Section(rules.FILTER, write, delete=self._stale(rules.FILTER))
+        for chain, texts in _bottom_up(self._changed(rules.FILTER)):
+            if _is_dispatch(rules.FILTER, chain) and not set(live.get(chain, ())) <= set(texts):
+                yield Section(rules.FILTER, {chain: texts})
+        for chain in sorted(self._stale(rules.FILTER), key=_deletion_rank):
+            yield Section(rules.FILTER, delete=(chain,))
 
     def nat(self, groups: Iterable[Sequence[str]]) -> Iterator[Section]:
         changed = self._changed(rules.NAT)
-        own = {chain for chain in changed if chain.startswith(rules.PORT_CHAIN_PREFIXES)}
+        shared = {
+            chain: texts for chain, texts in changed.items() if _is_dispatch(rules.NAT, chain)
+        }
+        own = {
+            chain
+            for chain in changed.keys() - shared.keys()
+            if chain.startswith(rules.PORT_CHAIN_PREFIXES)
+        }
         yield Section(
             rules.NAT,
             {
                 chain: texts
                 for chain, texts in changed.items()
-                if chain not in own and chain not in _SHARED_NAT
+                if chain not in own and chain not in shared
             },
         )
         for group in groups:
             write = {chain: changed[chain] for chain in group if chain in own}
             own.difference_update(write)
             yield Section(rules.NAT, write)
-        assert not own, f"chains without a group: {sorted(own)[:3]}"
-        yield Section(
-            rules.NAT,
-            {chain: texts for chain, texts in changed.items() if chain in _SHARED_NAT},
-            self._missing_jumps(rules.NAT),
-        )
+        # None should be left; if one is, it is written with all others that are.
+        yield Section(rules.NAT, {chain: changed[chain] for chain in sorted(own)})
+        for chain, texts in _bottom_up(shared):
+            yield Section(rules.NAT, {chain: texts})
+        yield Section(rules.NAT, insert=self._missing_jumps(rules.NAT))
         # A chain that a rule of others jumps to cannot be deleted, and trying would have the kernel
         # refuse all else that nat is told: it is emptied, which for packets is the same.
-        stale, held = self._stale(rules.NAT), self._held(rules.NAT)
+        stale, held = self._stale(rules.NAT), held_by_others(self._live, rules.NAT)
         live = self._live.get(rules.NAT, {})
         yield Section(rules.NAT, {chain: () for chain in stale if chain in held and live[chain]})
         for chain in sorted(stale, key=_deletion_rank):
@@ -230,11 +227,50 @@ class _Planner:
                 yield Section(rules.NAT, delete=(chain,))
 
 
-def _deletion_rank(chain: str) -> int:
-    """Return when to delete a stale nat chain; those of no kind, which may jump to any, go first."""
-    return next(
-        (rank for rank, kind in enumerate(_DELETION_ORDER, start=1) if chain.startswith(kind)), 0
+def held_by_others(live: Tables, table: str) -> frozenset[str]:
+    """Return at least all chains that rules of others in *table* jump or go to."""
+    return frozenset(
+        f" {text}".rpartition(flag)[2].partition(" ")[0]
+        for chain, texts in live.get(table, {}).items()
+        if not is_ours(table, chain)
+        for text in texts
+        for flag in (" -j ", " -g ")
     )
+
+
+def _is_jump(text: str, jump: rules.Jump) -> bool:
+    """Tell whether *text* is our *jump*, also as another version of iptables may print it.
+
+    Taking it for somebody else's would insert another one at every look.
+    """
+    return sorted(text.split()) == sorted(jump.rule.split())
+
+
+def _is_dispatch(table: str, chain: str) -> bool:
+    return ChainId(table, chain) in SHARED or tree_depth(chain) is not None
+
+
+def _bottom_up(written: Chains) -> list[tuple[str, tuple[str, ...]]]:
+    """Order chains so that each stands behind those it may jump to: trees from the leaves."""
+
+    def rank(item: tuple[str, tuple[str, ...]]) -> tuple[int, bool, str]:
+        depth = tree_depth(item[0])
+        # KUBE-SERVICES, which everything else is reached from, comes last.
+        return (1 if depth is None else -depth, item[0] == rules.SERVICES, item[0])
+
+    return sorted(written.items(), key=rank)
+
+
+def _deletion_rank(chain: str) -> tuple[int, int]:
+    """Return when to delete a stale chain: each before those it may jump to, trees from the root.
+
+    Chains of no known kind, which may jump to any, go first.
+    """
+    depth = tree_depth(chain)
+    if depth is not None:
+        return (1, depth)
+    kinds = enumerate(_DELETION_ORDER, start=2)
+    return (next((rank for rank, kind in kinds if chain.startswith(kind)), 0), 0)
 
 
 def _pack(sections: Iterable[Section], max_rules: int | None) -> Iterator[Batch]:

@@ -11,8 +11,7 @@ import re
 import shutil
 import subprocess
 import threading
-import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Final, Literal, NamedTuple
 
@@ -159,14 +158,12 @@ class Iptables:
         programs: Programs,
         *,
         lock_wait_s: int = _LOCK_WAIT_S,
-        observe_lock_wait: Callable[[float], None] | None = None,
         process_limit_s: float = _PROCESS_LIMIT_S,
     ) -> None:
         self.programs = programs
         self.family = programs.family
         self.backend = programs.backend
         self._lock_wait_s = lock_wait_s
-        self._observe_lock_wait = observe_lock_wait
         self._process_limit_s = process_limit_s
 
     def check(self) -> None:
@@ -214,12 +211,9 @@ class Iptables:
         argv = [self.programs.restore, "-w", str(self._lock_wait_s), "--noflush"]
         if test:
             argv.append("--test")
-        started = time.monotonic()
         done = _run(argv, text)
         if done.returncode:
             raise _error(argv, done.returncode, done.stderr, text)
-        if self._observe_lock_wait is not None and "Another app" in done.stderr:
-            self._observe_lock_wait(time.monotonic() - started)
 
 
 def search_path() -> str:

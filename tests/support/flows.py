@@ -7,7 +7,7 @@ returns the flows that came to something else; no misses means that the scenario
 
 import contextlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Final, Literal, NamedTuple
 
@@ -67,6 +67,13 @@ class Miss(NamedTuple):
         return f"{self.flow}: wanted {self.flow.wanted}, source {self.flow.seen}; got {self.got}"
 
 
+class Report(NamedTuple):
+    """What the kernel did not do as wanted, and the rules it had: "" if it did everything."""
+
+    misses: list[Miss]
+    live: str
+
+
 def judge(flow: Flow, clients: Sequence[Sequence[Found]]) -> Miss | None:
     """Compare what *clients* found, each in its connections, with what is wanted of *flow*."""
     found = {each for client in clients for each in client}
@@ -122,11 +129,11 @@ def trace(
         in_interface=_INTERFACES.get(flow.source, _UPLINK),
         ctstate="INVALID" if flow.is_invalid else "NEW",
     )
-    recent = {name: (source,) for name in remembered}
+    recent = dict.fromkeys(remembered, (source,))
     return explain.trace(tables, packet, _facts(scenario, recent))
 
 
-def _facts(scenario: Scenario, recent: dict[str, tuple[str, ...]]) -> explain.Facts:
+def _facts(scenario: Scenario, recent: Mapping[str, tuple[str, ...]]) -> explain.Facts:
     local = frozenset(scenario.local_addresses())
     return explain.Facts(local_addresses=local, recent=recent)
 
@@ -212,18 +219,19 @@ class Kernel:
                 ]
             )
 
-    def try_all(self, scenario: Scenario, rules: Rules) -> list[Miss]:
+    def try_all(self, scenario: Scenario, rules: Rules) -> Report:
         """Put *rules* into the kernel and try all flows there; nothing of it stays."""
         with self.programmed(scenario, rules), ThreadPoolExecutor(_CLIENTS) as pool:
             tried = pool.map(
                 lambda flow: judge(flow, [self._connect(scenario, flow)]), scenario.flows
             )
-            return [miss for miss in tried if miss is not None]
+            misses = [miss for miss in tried if miss is not None]
+            return Report(misses, self.live(scenario.family) if misses else "")
 
     @contextlib.contextmanager
     def programmed(self, scenario: Scenario, rules: Rules) -> Iterator[None]:
         """Let the node be as *scenario* and *rules* want it, until the block ends."""
-        node, family = self._lab.node, scenario.family
+        node = self._lab.node
         self._lab.reset_rules()
         # What the daemon does where localhost node ports are on; KUBE-FIREWALL is its counterpart.
         node.write_sysctls({"net/ipv4/conf/*/route_localnet": "1"})
@@ -236,10 +244,14 @@ class Kernel:
                     undo.callback(ns.run, ["ip", "address", "delete", *link])
             if any(flow.to == scenario.plan.loopback != flow.source for flow in scenario.flows):
                 undo.enter_context(self._lab.loopback_over_the_wire())
-            restore = iptables_programs(self._backend, family).restore
-            for text in rules.inputs:
-                node.run([restore, "-w", "5", "--noflush"], input=text)
+            self.restore(scenario.family, rules)
             yield
+
+    def restore(self, family: IPFamily, rules: Rules) -> None:
+        """Give the node the inputs of *rules*, in addition to what it has."""
+        program = iptables_programs(self._backend, family).restore
+        for text in rules.inputs:
+            self._lab.node.run([program, "-w", "5", "--noflush"], input=text)
 
     def live(self, family: IPFamily) -> str:
         """Return the kernel's rules with their counters."""
@@ -325,18 +337,16 @@ def _found_by_answer(scenario: Scenario, flow: Flow, outcome: traffic.Outcome) -
     return Found("reached", endpoint, is_masqueraded=True)
 
 
-def explain_misses(scenario: Scenario, rules: Rules, misses: Sequence[Miss]) -> str:
-    """Say what went wrong, and by the tracer's account of *rules* which way the packets should go."""
+def explain_misses(scenario: Scenario, rules: Rules, misses: Sequence[Miss], live: str = "") -> str:
+    """Say what went wrong, which way the packets should go by the tracer, and what rules live."""
     lines = [f"{scenario}:"]
     for miss in misses:
         lines.append(f"  {miss}")
         for outcome in trace(scenario, rules.tables, miss.flow).outcomes:
-            share = f"{float(outcome.probability):.1%}"
-            lines.append(
-                f"    tracer: {share} {outcome.verdict} {outcome.destination}:{outcome.port}"
-            )
+            end = f"{outcome.verdict} {outcome.destination} port {outcome.port}"
+            lines.append(f"    by the tracer {float(outcome.probability):.1%} {end}")
             lines += [
                 f"      {step.table} {step.hook} {'  ' * step.depth}{step.chain} {step.rule}"
                 for step in outcome.path
             ]
-    return "\n".join(lines)
+    return "\n".join([*lines, live])

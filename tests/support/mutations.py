@@ -30,10 +30,8 @@ _WITHOUT: Final[tuple[tuple[re.Pattern[str], str], ...]] = (
     (re.compile(rf"(?<=--to-destination )(?:{_IP}|\[{_IP}\]):\d+"), "IP:PORT"),
     (re.compile(r"-([mp]) (?:tcp|udp|sctp)\b"), r"-\1 PROTOCOL"),
     (re.compile(r"(--dport|--seconds|--probability|--mask) \S+"), r"\1 N"),
-    (
-        re.compile(r"(?<=mark )0x[1-9]\d*/(0x\d+)"),
-        lambda found: f"MARK/{'0' if found[1] == '0x0' else 'MARK'}",
-    ),
+    (re.compile(r"(?<=mark )0x[1-9]\d*/0x0\b"), "MARK/0"),
+    (re.compile(r"(?<=mark )0x[1-9]\d*/0x[1-9]\d*"), "MARK/MARK"),
     (re.compile(r"icmp6?-port"), "icmp-port"),
 )
 

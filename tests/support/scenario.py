@@ -29,10 +29,10 @@ Place: TypeAlias = Literal[
 #: What a server sees as the client's address. ``hairpin``: masqueraded for a client that is sent
 #: to itself, and else its own.
 Seen = Literal["kept", "masqueraded", "hairpin", "whatever"]
-Dispatch = Literal["flat"]
+Dispatch = Literal["flat", "tree"]
 
 #: How the shared chains can be laid out; every scenario holds for each of them.
-RULESETS: Final[Mapping[Dispatch, type[Ruleset]]] = {"flat": Ruleset}
+DISPATCHES: Final[tuple[Dispatch, ...]] = ("flat", "tree")
 
 NODE_NAME: Final = "node1"  # what the builders call the node under test
 NODE_PORT: Final = 30080
@@ -40,6 +40,8 @@ NODE_PORT: Final = 30080
 NODE_SERVER_PORT: Final = 32000
 #: A server that the node has on 127.0.0.1 alone.
 PRIVATE_PORT: Final = 83
+#: For load_balancer and service: the policy that keeps outside traffic on its node.
+LOCAL: Final[dict[str, Any]] = {"externalTrafficPolicy": "Local"}
 ENDPOINT_PORT: Final = 80  # of endpoints, unless told
 
 
@@ -168,7 +170,7 @@ def service(
     **fields: Any,
 ) -> tuple[Json, ...]:
     """Return a Service with one port, 80, and its EndpointSlice; *fields* as make_service's."""
-    ported = {} if node_port is None else {"nodePort": node_port}
+    ported: dict[str, Any] = {} if node_port is None else {"nodePort": node_port}
     settled = {
         "cluster_ip": own.cluster_ip,
         "ports": [make_port(80, protocol=protocol, **ported)],
@@ -186,6 +188,22 @@ def service(
     )
 
 
+def slice_with_port(own: AddressPlan, place: Place, port: Json) -> Json:
+    """Return an EndpointSlice of the Service ``web`` with one endpoint and one port."""
+    return make_slice("web", name=f"web-{place}", endpoints=[endpoint(own, place)], ports=[port])
+
+
+def load_balancer(own: AddressPlan, **fields: Any) -> dict[str, Any]:
+    """Return the fields of a Service with every kind of front door, as ``service`` takes them."""
+    return {
+        "type": "LoadBalancer",
+        "lb_ips": [own.lb_vip],
+        "externalIPs": [own.external_ip],
+        "node_port": NODE_PORT,
+        **fields,
+    }
+
+
 # Rules -------------------------------------------------------------------------------------------
 
 
@@ -196,13 +214,23 @@ class Rules(NamedTuple):
     tables: Tables
 
 
-def build(scenario: Scenario, *, dispatch: Dispatch = "flat", has_nfacct: bool = True) -> Rules:
-    """Return the rules that the node would have, in tables that hold only foreign rules before."""
+def build(
+    scenario: Scenario,
+    *,
+    dispatch: Dispatch = "flat",
+    has_nfacct: bool = True,
+    after: Rules | None = None,
+) -> Rules:
+    """Return the rules that the node would have, and how it comes to have them.
+
+    It starts with those of *after*, or with tables that hold only the foreign rules.
+    """
     own = scenario.plan
-    built = RULESETS[dispatch](_options(scenario, has_nfacct=has_nfacct))
+    built = Ruleset(_options(scenario, dispatch=dispatch, has_nfacct=has_nfacct))
     built.apply(service_states(scenario.objects, own.family, node_name=NODE_NAME))
-    live: Tables = {table: dict(found) for table, found in (scenario.foreign or {}).items()}
-    inputs = [render(live)] if live else []
+    before = (scenario.foreign or {}) if after is None else after.tables
+    live: Tables = {table: dict(found) for table, found in before.items()}
+    inputs = [render(live)] if live and after is None else []
     for batch in plan.plan(built.tables, live, groups=built.groups()):
         batch.apply_to(live)
         inputs.append(batch.render())
@@ -220,7 +248,7 @@ def render(tables: Tables) -> str:
     return "".join(f"{line}\n" for line in lines)
 
 
-def _options(scenario: Scenario, *, has_nfacct: bool) -> rules.Options:
+def _options(scenario: Scenario, *, dispatch: Dispatch, has_nfacct: bool) -> rules.Options:
     """Derive the rules' options as the daemon does, from configuration and facts."""
     own = scenario.plan
     cidrs = ",".join(each.cluster_cidr for each in addresses.PLANS.values())
@@ -242,7 +270,9 @@ def _options(scenario: Scenario, *, has_nfacct: bool) -> rules.Options:
         pod_cidrs=tuple(each.pod_cidr for each in addresses.PLANS.values()),
         has_nfacct=has_nfacct,
     )
-    return options.rules_options(config, own.family, facts, node_port_addresses=served)
+    return options.rules_options(
+        config, own.family, facts, node_port_addresses=served, layout=dispatch
+    )
 
 
 def _with_port(text: str) -> str:

@@ -3,8 +3,8 @@
 import pytest
 
 from kubeproxy_py import rules
-from kubeproxy_py.dispatch import NAT_SERVICES, SHARED, ChainId, FlatDispatch
-from kubeproxy_py.model import ServicePortName
+from kubeproxy_py.dispatch import NAT_SERVICES, SHARED, ChainId, Dispatch
+from kubeproxy_py.model import IPFamily, ServicePortName
 
 NAT_NODE_PORTS = ChainId(rules.NAT, rules.NODE_PORTS)
 FILTER_SERVICES = ChainId(rules.FILTER, rules.SERVICES)
@@ -13,19 +13,19 @@ SECOND = ServicePortName("b", "second", "", "tcp")
 
 
 def entry(chain, rule):
-    return rules.Entry(*chain, address="", port=80, rule=rule)
+    return rules.Entry(*chain, address="", protocol="tcp", port=80, rule=rule)
 
 
 @pytest.fixture
 def layout():
     """Give a layout of which all that is there from the beginning was taken."""
-    layout = FlatDispatch()
+    layout = Dispatch(IPFamily.V4)
     layout.take_changed()
     return layout
 
 
 def test_shared_chains_exist_when_they_are_empty():
-    assert FlatDispatch().take_changed() == dict.fromkeys(SHARED, ())
+    assert Dispatch(IPFamily.V4).take_changed() == dict.fromkeys(SHARED, ())
 
 
 def test_nothing_changed_is_nothing_taken(layout):

@@ -181,7 +181,10 @@ def test_match_that_fails_makes_unknown_ones_irrelevant():
     [
         ('-m comment --comment "default/web cluster IP" -j X', "default/web cluster IP"),
         ("-m comment --comment default/web -j X", "default/web"),
-        (r'-m comment --comment "say \"! -j DROP\" and \\" -j X', r'say "! -j DROP" and \ '.strip()),
+        (
+            r'-m comment --comment "say \"! -j DROP\" and \\" -j X',
+            r'say "! -j DROP" and \ '.strip(),
+        ),
         ('-m comment --comment "" -j X', ""),
     ],
 )
@@ -192,7 +195,9 @@ def test_comment_is_read_as_it_was_meant(text, comment):
 
 
 def test_words_in_any_order_are_understood():
-    rule = explain_match.parse_rule("-m comment --comment x -m tcp -p tcp -d 10.0.0.1 --dport 80 -j X")
+    rule = explain_match.parse_rule(
+        "-m comment --comment x -m tcp -p tcp -d 10.0.0.1 --dport 80 -j X"
+    )
 
     assert rule.judge(seen(destination="10.0.0.1")) == (True, "")
 
@@ -251,4 +256,4 @@ def test_addresses_of_nat_are_read(target, wanted):
 
 
 def test_rule_that_ends_too_early_is_not_understood():
-    assert judge("-j DROP -s") is None
+    assert judge("-p tcp -m tcp --dport") is None

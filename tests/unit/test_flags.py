@@ -325,7 +325,7 @@ def test_feature_gates_are_merged():
         ("--feature-gates=A=2", 'invalid value of A: "2"'),
         ("--vmodule=a", '"a" does not have the pattern=N format'),
         ("--v=-1", '"-1" is out of range'),
-        ("--dispatch=round", '"round" is not one of auto, flat'),
+        ("--dispatch=round", '"round" is not one of auto, flat, tree'),
         ("--manifests=", "a path must not be empty"),
         ('--nodeport-addresses="a', "unexpected end of data"),
     ],

@@ -3,11 +3,11 @@
 import pytest
 
 from tests.support import flows, scenario
-from tests.support.scenario import RULESETS
+from tests.support.scenario import DISPATCHES
 from tests.support.scenarios import ALL
 
 
-@pytest.mark.parametrize("dispatch", RULESETS)
+@pytest.mark.parametrize("dispatch", DISPATCHES)
 @pytest.mark.parametrize("case", ALL, ids=str)
 def test_scenario_holds_by_the_tracer(case, dispatch):
     rules = scenario.build(case, dispatch=dispatch)

@@ -10,12 +10,12 @@ DAMAGES = mutations.damages()
 
 
 @pytest.mark.parametrize("family", IPFamily, ids=lambda family: family.value)
-@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("damage", DAMAGES, ids=list(DAMAGES))
 def test_some_scenario_notices(damage, family):
     assert next(mutations.noticing(DAMAGES[damage], family), None) is not None
 
 
-@pytest.mark.parametrize("lost", mutations.NOTHING_LOST)
+@pytest.mark.parametrize("lost", mutations.NOTHING_LOST, ids=list(mutations.NOTHING_LOST))
 def test_nothing_is_lost_without(lost):
     """If one of these were noticed, it would belong among the damages."""
     concerned = 0

@@ -447,9 +447,10 @@ def test_filter_keeps_what_goes_beside_what_comes():
     assert before[0] == after[0]
 
 
-def test_chain_that_no_group_has_is_a_mistake_of_ours():
-    with pytest.raises(AssertionError, match="chains without a group"):
-        plan.plan({"nat": {"KUBE-SVC-X": ()}}, {}, groups=[])
+def test_chain_that_no_group_has_is_written_all_the_same():
+    (batch,) = plan.plan({"nat": {"KUBE-SVC-X": ("-j DROP",)}}, {}, groups=[])
+
+    assert any(section.write == {"KUBE-SVC-X": ("-j DROP",)} for section in batch.sections)
 
 
 def test_touched_chain_that_went_and_never_was_there_needs_nothing():

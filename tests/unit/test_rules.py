@@ -138,7 +138,7 @@ def test_cluster_ip_service_written_out():
 
     assert fragment.entries == (
         rules.Entry(
-            NAT, "KUBE-SERVICES", "172.30.0.41", 80, TO_CLUSTER_IP.format("cluster IP", SVC)
+            NAT, "KUBE-SERVICES", "172.30.0.41", "tcp", 80, TO_CLUSTER_IP.format("cluster IP", SVC)
         ),
     )
     remote = f"KUBE-SEP-{rules.hash16('ns1/svc1:p80', 'tcp', '10.180.2.1:80')}"
@@ -216,7 +216,7 @@ def test_internal_local_policy_without_local_endpoints_drops():
 
     assert fragment.entries == (
         rules.Entry(
-            FILTER, "KUBE-SERVICES", "172.30.0.41", 80,
+            FILTER, "KUBE-SERVICES", "172.30.0.41", "tcp", 80,
             TO_CLUSTER_IP.format("has no local endpoints", "DROP"),
         ),
     )  # fmt: skip

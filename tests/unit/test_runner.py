@@ -300,26 +300,3 @@ def test_program_for_saving_that_vanished_is_an_error_and_not_a_crash(iptables, 
 
     with pytest.raises(IptablesError, match=r"cannot run .*: No such file or directory"):
         iptables.save()
-
-
-def test_time_waited_for_the_lock_is_observed(programs):
-    programs.family("iptables-nft", "nft")
-    programs.write(
-        "iptables-nft-restore",
-        complains="Another app is currently holding the xtables lock; still 4s",
-        body="cat >/dev/null",
-    )
-    seen = []
-    iptables = runner.Iptables(runner.find_programs(V4, "nft"), observe_lock_wait=seen.append)
-    iptables.restore(BATCH)
-
-    assert len(seen) == 1
-
-
-def test_time_is_not_observed_where_nobody_held_the_lock(programs):
-    programs.family("iptables-nft", "nft")
-    seen = []
-    iptables = runner.Iptables(runner.find_programs(V4, "nft"), observe_lock_wait=seen.append)
-    iptables.restore(BATCH)
-
-    assert seen == []

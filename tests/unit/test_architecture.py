@@ -1,0 +1,126 @@
+"""Rules for the whole repository that no linter knows; who may import whom is `make check`'s."""
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from kubeproxy_py import nfacct, pages
+
+ROOT = Path(__file__).parents[2]
+PACKAGE = ROOT / "kubeproxy_py"
+OPERATIONS = ROOT / "docs" / "operations.md"
+DIRECTORIES = {"benchmarks", "deploy", "docs", "e2e", "kubeproxy_py", "tests"}
+
+
+def sources(directory: Path) -> Iterator[tuple[Path, ast.Module]]:
+    for path in sorted(directory.rglob("*.py")):
+        yield path.relative_to(ROOT), ast.parse(path.read_text())
+
+
+def calls(tree: ast.Module) -> Iterator[tuple[str, ast.Call]]:
+    """Yield what is called, as it is written, and the call."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call):
+            yield ast.unparse(node.func), node
+
+
+def table_rows(section: str) -> list[list[str]]:
+    """Return the cells of the tables under a heading of docs/operations.md, without their heads."""
+    text = OPERATIONS.read_text().split(f"\n## {section}\n")[1].split("\n## ")[0]
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in text.splitlines()
+        if line.startswith("|") and not line.startswith("|---")
+    ]
+    return [row for row in rows if row[0] not in {"name", "event", "page"}]
+
+
+@pytest.mark.parametrize("directory", ["kubeproxy_py", "tests/unit"])
+def test_nobody_sleeps(directory):
+    # The daemon must be able to stop at any moment; a unit test gets its time as an argument.
+    assert [
+        f"{path}:{call.lineno}"
+        for path, tree in sources(ROOT / directory)
+        for name, call in calls(tree)
+        if name == "time.sleep"
+    ] == []
+
+
+def test_every_metric_is_set_by_someone(metrics):
+    names = {name for name in vars(metrics) if name != "registry"}
+    used = {
+        node.attr
+        for path, tree in sources(PACKAGE)
+        if path.name != "metrics.py"
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute)
+    }
+
+    assert names - used == set()
+
+
+def test_the_documented_metrics_are_those_there_are(metrics):
+    pages.register_process_metrics(metrics.registry)
+    # Registered by what it describes: the kernel is not asked.
+    metrics.registry.register(nfacct.NfacctCollector())
+    there = {
+        _exposed(name, kind): (kind, labels)
+        for collector, names in metrics.registry._collector_to_names.items()
+        for name, kind, labels in _described(collector, names)
+    }
+    documented = {row[0]: (row[1], _labels(row[2])) for row in table_rows("Metrics")}
+
+    assert documented == there
+
+
+def _described(collector, names):
+    labels = tuple(sorted(getattr(collector, "_labelnames", ())))
+    families = collector.describe() if hasattr(collector, "describe") else collector.collect()
+    found = [(family.name, family.type) for family in families] or [
+        (name, "gauge") for name in names
+    ]
+    return [(name, kind, labels) for name, kind in found]
+
+
+def _exposed(name, kind):
+    return f"{name}_total" if kind == "counter" else name
+
+
+def _labels(cell):
+    return tuple(sorted(filter(None, (label.strip() for label in cell.split(",")))))
+
+
+def test_the_documented_events_are_those_that_are_logged():
+    logged, named = set(), set()
+    for _, tree in sources(PACKAGE):
+        for name, call in calls(tree):
+            if not call.args or not isinstance(call.args[0], ast.Constant):
+                continue
+            if isinstance(event := call.args[0].value, str) and re.fullmatch(
+                r"[a-z_]+\.[a-z_]+", event
+            ):
+                named.add(event)
+                if name in {"log.info", "log.warning", "log.error", "log.exception"}:
+                    logged.add(event)
+    documented = {event for row in table_rows("Logs") for event in row[0].split(", ")}
+
+    assert logged - documented == set()
+    assert documented - named == set()
+
+
+def test_only_known_directories_stand_at_the_top():
+    ignored = [line.strip("/") for line in (ROOT / ".gitignore").read_text().split()]
+    there = {
+        path.name
+        for path in ROOT.iterdir()
+        if path.is_dir() and not any(path.match(pattern) for pattern in ignored)
+    }
+
+    assert {name for name in there if not name.startswith(".")} <= DIRECTORIES
+
+
+def test_operations_is_short_enough_to_be_read():
+    assert len(OPERATIONS.read_text().splitlines()) < 250
