@@ -5,10 +5,8 @@ What ``explain`` does beside reading flags. The only part of it that looks at th
 """
 
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Final, NamedTuple
-
-import structlog
 
 from kubeproxy_py import (
     addresses,
@@ -25,8 +23,6 @@ from kubeproxy_py.iptables import runner
 from kubeproxy_py.iptables.chains import Tables
 from kubeproxy_py.model import IPFamily, ServiceName
 from kubeproxy_py.ruleset import Ruleset
-
-log = structlog.get_logger()
 
 _PROTOCOLS: Final = frozenset({"tcp", "udp", "sctp"})
 
@@ -47,6 +43,8 @@ class Situation(NamedTuple):
     tables: Tables
     facts: explain.Facts
     node_ip: str
+    #: Of built-in chains, by (table, chain); what is not named accepts.
+    policies: Mapping[tuple[str, str], str]
 
 
 class _Destination(NamedTuple):
@@ -90,23 +88,24 @@ def desired(ruleset: Ruleset, host_facts: HostFacts) -> Situation:
     stated = [cidr.partition("/")[0] for _, cidr in host_facts.interface_addresses]
     local = frozenset({node_ip, *host_facts.node_ips, *stated})
     return Situation(
-        explain.with_jumps(ruleset.tables), explain.Facts(local_addresses=local), node_ip
+        explain.with_jumps(ruleset.tables), explain.Facts(local_addresses=local), node_ip, {}
     )
 
 
 def live(settings: Settings, host_facts: HostFacts, family: IPFamily) -> Situation:
     """Return the rules and addresses this host has now."""
-    # iptables-save tells them, but nothing here keeps them.
-    log.warning("explain.policies_assumed", policy="ACCEPT", chains="built-in")
     programs = runner.find_programs(family, host.choose_backend(settings.iptables_backend))
     local = [found.address for found in hostnet.local_addresses(family)]
     stated = [ip for ip in host_facts.node_ips if addresses.family_of(ip) is family]
     outward = [ip for ip in local if not addresses.is_loopback(ip)]
     loopback = "127.0.0.1" if family is IPFamily.V4 else "::1"
+    policies: dict[tuple[str, str], str] = {}
+    tables = runner.Iptables(programs).save(policies)
     return Situation(
-        runner.Iptables(programs).save(),
+        tables,
         explain.Facts(local_addresses=frozenset([*stated, *local])),
         next(iter([*stated, *outward]), loopback),
+        policies,
     )
 
 
@@ -131,6 +130,7 @@ def _views_by_family(
             situation.facts,
             situation.node_ip,
             question.in_interface or explain.UNKNOWN_INTERFACE,
+            situation.policies,
         )
         view = explain_service.view(situation.tables, name, viewpoint)
         if view is not None:
@@ -164,7 +164,7 @@ def _trace(question: Question, find: Find, families: Iterable[IPFamily]) -> expl
         destination_port=to.port,
         in_interface=in_interface,
     )
-    return explain.trace(situation.tables, packet, facts)
+    return explain.trace(situation.tables, packet, facts, situation.policies)
 
 
 def _parse_destination(text: str) -> _Destination:

@@ -44,6 +44,15 @@ _DOORS: Final[tuple[tuple[str, str, Mapping[str, str]], ...]] = (
 
 # The interface of those who are no pods, where pods are told by theirs and nobody said.
 _NO_POD_INTERFACE: Final = "outside0"
+#: In the order in which people look for them.
+_KINDS: Final = (
+    "cluster IP",
+    "external IP",
+    "load balancer IP",
+    _EXTERNAL,
+    _NODE_PORT,
+    _HEALTH_CHECK,
+)
 # Documentation addresses (RFC 5737, RFC 3849): nobody's pods, nodes or clients.
 _OUTSIDE: Final = {
     IPFamily.V4: ("203.0.113.7", "198.51.100.7", "192.0.2.7"),
@@ -103,7 +112,8 @@ def view(tables: Tables, name: ServiceName, viewpoint: Viewpoint) -> ServiceView
 
     *tables* hold built-in chains, and no door of another family than ``viewpoint.node_ip``.
     """
-    found = list(_doors(tables, name, viewpoint))
+    # Trees of chains have them in the order of addresses.
+    found = sorted(_doors(tables, name, viewpoint), key=lambda door: _KINDS.index(door.kind))
     if not found:
         return None
     own = list(_own_rules(tables, {door.chain for door in found}))

@@ -51,8 +51,10 @@ def is_ours(table: str, chain: str) -> bool:
     return table == "filter" and dispatch.tree_depth(chain) is not None
 
 
-def parse_save(lines: Iterable[str]) -> Tables:
+def parse_save(lines: Iterable[str], policies: dict[tuple[str, str], str] | None = None) -> Tables:
     """Parse the output of ``iptables-save`` (any number of tables, with or without counters).
+
+    *policies*, if given, receives those of built-in chains by (table, chain).
 
     Raises IptablesError for a table of ours that the program could not show: what is in it is not
     known.
@@ -73,7 +75,10 @@ def parse_save(lines: Iterable[str]) -> Tables:
             # Where the program was killed, a name may be cut off; such a table has no COMMIT.
             rules.setdefault(chain, []).append(rule)
         elif line.startswith(":"):
-            rules[line[1:].partition(" ")[0]] = []
+            chain, policy, *_ = (*line[1:].split(" "), "")
+            rules[chain] = []
+            if policies is not None and policy in {"ACCEPT", "DROP"}:
+                policies[table, chain] = policy
         elif line.startswith("*"):
             table, rules = line[1:].strip(), {}
         elif line.startswith("COMMIT"):

@@ -173,8 +173,11 @@ class Iptables:
         if done.returncode:
             raise _error(argv, done.returncode, done.stderr)
 
-    def save(self) -> chains.Tables:
-        """Read all tables there are. Raises IptablesError if that is not possible."""
+    def save(self, policies: dict[tuple[str, str], str] | None = None) -> chains.Tables:
+        """Read all tables there are. Raises IptablesError if that is not possible.
+
+        *policies*, if given, receives those of built-in chains by (table, chain).
+        """
         argv = [self.programs.save]
         # Parsed as it comes: the text of a big node is tens of megabytes, and not needed whole.
         try:
@@ -186,7 +189,7 @@ class Iptables:
                 limit = threading.Timer(self._process_limit_s, process.kill)
                 limit.start()
                 try:
-                    tables = chains.parse_save(process.stdout)
+                    tables = chains.parse_save(process.stdout, policies)
                     said = process.stderr.read()
                 finally:
                     limit.cancel()

@@ -8,7 +8,7 @@ import pytest
 from kubeproxy_py.model import IPFamily
 from tests.support import flows, scenario, traffic
 from tests.support.flows import Kernel
-from tests.support.scenario import REFUSED, DISPATCHES
+from tests.support.scenario import DISPATCHES, REFUSED
 from tests.support.scenarios import ALL, SCENARIOS
 
 pytestmark = pytest.mark.packet

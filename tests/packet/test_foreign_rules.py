@@ -111,7 +111,7 @@ def test_they_survive_every_change_a_restart_and_the_cleanup(
         proxy.wait_synced()
         changes_to(proxy, answers, rich(plan, "pod1", "remote1"))
         changes_to(proxy, lambda: not answers(), rich(plan))
-        changes_to(proxy, answers, *(rich(each, "pod1") for each in (plan,)))
+        changes_to(proxy, answers, rich(plan, "pod1"))
         changes_to(proxy, lambda: not answers())
         changes_to(proxy, answers, rich(plan, "pod2", externalTrafficPolicy="Local"))
         proxy.end(signal.SIGTERM)

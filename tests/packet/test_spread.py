@@ -69,11 +69,15 @@ def chi_square(counts: collections.Counter[tuple[str, int]], n: int) -> float:
     return sum((count - share) ** 2 / share for count in counts.values()) + empty * share
 
 
-@pytest.mark.parametrize("n", CONNECTIONS)
-def test_every_endpoint_gets_its_share(lab, endpoints, backend, plan, n):
+@pytest.mark.parametrize(
+    ("n", "dispatch"),
+    # In a tree of rules so many endpoints are chosen among in two steps.
+    [*((n, "flat") for n in CONNECTIONS), (100, "tree")],
+)
+def test_every_endpoint_gets_its_share(lab, endpoints, backend, plan, n, dispatch):
     case = fair(plan, endpoints[:n])
     known = {(pod.name, port) for pod, port in endpoints[:n]}
-    with Kernel(lab, backend).programmed(case, scenario.build(case)):
+    with Kernel(lab, backend).programmed(case, scenario.build(case, dispatch=dispatch)):
         counts = draw(lab, plan, CONNECTIONS[n])
         assert counts.keys() <= known
         if chi_square(counts, n) > CRITICAL[n]:
