@@ -181,18 +181,16 @@ class ManifestSource:
         gone: list[tuple[Kind, tuple[str, str]]] = []
         for kind, wanted in loaded.objects.items():
             by_name = {(obj.metadata.namespace, obj.metadata.name): obj for obj in wanted}
-            given = self._given.get(kind)
-            if given is None:
-                self._sink.replace(kind, wanted)
-                self._given[kind] = by_name
-                upserted += len(wanted)
-                continue
+            is_first = kind not in self._given
+            given = self._given.setdefault(kind, {})
             for name, obj in by_name.items():
                 if given.get(name) != obj:
                     self._sink.upsert(kind, obj)
                     given[name] = obj
                     upserted += 1
             gone += [(kind, name) for name in given.keys() - by_name.keys()]
+            if is_first:
+                self._sink.listed(kind)
         # After all that is new: an endpoint that moves to another slice is then never missing.
         for kind, identity in sorted(gone):
             self._sink.delete(kind, *identity)

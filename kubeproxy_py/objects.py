@@ -6,7 +6,6 @@ conditions) out of memory. Field names are the API's own, so that msgspec needs 
 Absent and null mean the same, as they do to Go's decoder. No rule of behaviour belongs here.
 """
 
-from collections.abc import Iterable
 from typing import Final, Protocol
 
 import msgspec
@@ -159,14 +158,11 @@ class Sink(Protocol):
     All methods may be called from any thread.
     """
 
-    def replace(self, kind: Kind, objects: Iterable[Object]) -> None:
-        """Take *objects* as all there are of *kind*; those not among them are gone.
-
-        The first call for a kind also means that it has now been listed completely.
-        """
-
     def upsert(self, kind: Kind, obj: Object) -> None:
         """Add *obj*, or put it in the place of the one with its namespace and name."""
 
     def delete(self, kind: Kind, namespace: str, name: str) -> None:
         """Remove the object; one that is not known is no error."""
+
+    def listed(self, kind: Kind) -> None:
+        """Take note that all objects of *kind* there are have now been given."""

@@ -98,7 +98,7 @@ class Store:
     # In ------------------------------------------------------------------------------------------
 
     def replace(self, kind: Kind, objects: Iterable[objects.Object]) -> None:
-        """Take *objects* as all there are of *kind*."""
+        """Take *objects*, which are at hand, as all there are of *kind*."""
         seen = set()
         for obj in objects:
             seen.add((obj.metadata.namespace, obj.metadata.name))
@@ -107,13 +107,15 @@ class Store:
             known: Iterable[tuple[str, str]]
             if kind == "Service":
                 known = {name for family in self._families.values() for name in family.ports}
-            elif kind == "EndpointSlice":
-                known = set(self._slice_owners)
             else:
-                known = ()
+                known = self._slice_owners if kind == "EndpointSlice" else ()
             gone = [key for key in known if tuple(key) not in seen]
         for namespace, name in gone:
             self.delete(kind, namespace, name)
+        self.listed(kind)
+
+    def listed(self, kind: Kind) -> None:
+        """Take note that all objects of *kind* there are have now been given."""
         with self._lock:
             was_synced = self._is_synced()
             self._listed.add(kind)

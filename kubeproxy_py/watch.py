@@ -357,7 +357,9 @@ class Watcher:
             case "ADDED" | "MODIFIED" if listing is not None:
                 self._collect(event.object, listing)
             case "DELETED" if listing is not None:
-                listing.drop(self._identify(event.object).key)
+                key = self._identify(event.object).key
+                listing.drop(key)
+                self._sink.delete(self._kind, *key)
             case "ADDED" | "MODIFIED":
                 self._upsert(event.object)
             case "DELETED":
@@ -436,35 +438,36 @@ class Watcher:
     # -- objects ----------------------------------------------------------------------------------
 
     def _collect(self, raw: msgspec.Raw, listing: "_Listing") -> None:
+        """Take one object of a list. It goes on at once: a big list is never held in memory."""
         decoded = self._decode(raw)
         if isinstance(decoded, _Unreadable):
             listing.unreadable.add(decoded.key)
-        else:
-            listing.objects[_key(decoded)] = decoded
-            listing.unreadable.discard(_key(decoded))
+            return
+        key = _key(decoded)
+        listing.keys.add(key)
+        listing.unreadable.discard(key)
+        # Known from now on, for the case that this list is never completed and the next lacks it.
+        self._known.add(key)
+        self._sink.upsert(self._kind, decoded)
 
     def _deliver(self, listing: "_Listing", resource_version: str, *, mode: str) -> None:
-        """Give a complete list to the sink."""
+        """Remove what a complete list lacks, and say that it is complete."""
         # Listed but unreadable is not gone: the last good version stays. When it cannot even be
         # said which object was unreadable, it may be any of those missed.
-        missed = self._known - listing.objects.keys()
+        missed = self._known - listing.keys
         kept = missed if _NOBODY in listing.unreadable else missed & listing.unreadable
         vanished = missed - kept
-        if kept:
-            for decoded in listing.objects.values():
-                self._sink.upsert(self._kind, decoded)
-            for namespace, name in vanished:
-                self._sink.delete(self._kind, namespace, name)
-        else:
-            self._sink.replace(self._kind, listing.objects.values())
-        self._known = listing.objects.keys() | kept
+        for namespace, name in vanished:
+            self._sink.delete(self._kind, namespace, name)
+        self._sink.listed(self._kind)
+        self._known = listing.keys | kept
         self._resource_version = resource_version
         self._is_history_lost = False
         self._recovered()
         log.info(
             "watch.listed",
             kind=self._kind,
-            objects=len(listing.objects),
+            objects=len(listing.keys),
             unreadable=len(listing.unreadable),
             vanished=len(vanished),
             resource_version=resource_version,
@@ -552,11 +555,11 @@ class _Listing:
     """A list that is not complete yet."""
 
     def __init__(self) -> None:
-        self.objects: dict[Key, objects.Object] = {}
+        self.keys: set[Key] = set()
         self.unreadable: set[Key] = set()
 
     def drop(self, key: Key) -> None:
-        self.objects.pop(key, None)
+        self.keys.discard(key)
         self.unreadable.discard(key)
 
 

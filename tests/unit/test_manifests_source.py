@@ -36,15 +36,16 @@ class RecordingSink:
         self.calls = []
         self.objects = {}
 
-    def replace(self, kind, objects):
+    def listed(self, kind):
+        """Take the calls for the first objects together."""
         with self.changed:
-            self.objects[kind] = {item.metadata.name: item for item in objects}
-            self.calls.append(("replace", kind, len(self.objects[kind])))
+            self.calls = [call for call in self.calls if call[:2] != ("upsert", kind)]
+            self.calls.append(("listed", kind, len(self.objects.setdefault(kind, {}))))
             self.changed.notify_all()
 
     def upsert(self, kind, obj):
         with self.changed:
-            self.objects[kind][obj.metadata.name] = obj
+            self.objects.setdefault(kind, {})[obj.metadata.name] = obj
             self.calls.append(("upsert", kind, obj.metadata.name))
             self.changed.notify_all()
 
@@ -103,13 +104,13 @@ def rename_into_place(path, text):
     draft.rename(path)
 
 
-def test_every_kind_is_replaced_once_at_first(tmp_path, sink):
+def test_every_kind_is_listed_once_at_first(tmp_path, sink):
     (tmp_path / "a.yaml").write_text(service("web") + pod("web-1", "10.0.0.1", "web"))
     stop = threading.Event()
 
     class StoppingSink(RecordingSink):
-        def replace(self, kind, objects):
-            super().replace(kind, objects)
+        def listed(self, kind):
+            super().listed(kind)
             if len(self.objects) == 3:
                 stop.set()
 
@@ -117,9 +118,9 @@ def test_every_kind_is_replaced_once_at_first(tmp_path, sink):
     manifests.ManifestSource([tmp_path], sink, sink.report, stop=stop).run()
 
     assert sorted(sink.calls) == [
-        ("replace", "EndpointSlice", 1),
-        ("replace", "Node", 0),
-        ("replace", "Service", 1),
+        ("listed", "EndpointSlice", 1),
+        ("listed", "Node", 0),
+        ("listed", "Service", 1),
     ]
 
 
@@ -384,7 +385,7 @@ def test_nothing_is_given_at_first_while_a_path_is_gone(tmp_path, sink):
         stop.set()
         thread.join(DEADLINE_S)
 
-    assert [call[0] for call in sink.calls] == ["problem", "replace", "replace", "replace"]
+    assert [call[0] for call in sink.calls] == ["problem", "listed", "listed", "listed"]
     assert sink.services() == {"web": "172.30.0.41"}
 
 

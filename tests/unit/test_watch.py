@@ -26,8 +26,13 @@ class Shelf:
         self.objects = {}
         self.calls = []
 
-    def replace(self, kind, all_objects):
-        self._change(("replace", kind), {_key(obj): obj for obj in all_objects}, clear=True)
+    def listed(self, kind):
+        """Take what came since the last list for the list that is complete now."""
+        with self._changed:
+            last = max((n for n, call in enumerate(self.calls) if call[0] == "listed"), default=-1)
+            del self.calls[last + 1 :]
+            self.calls.append(("listed", kind))
+            self._changed.notify_all()
 
     def upsert(self, kind, obj):
         self._change(("upsert", kind, *_key(obj)), {_key(obj): obj})
@@ -49,11 +54,9 @@ class Shelf:
         with self._changed:
             assert self._changed.wait_for(condition, DEADLINE_S), (self.calls, self.names)
 
-    def _change(self, call, added, *, clear=False):
+    def _change(self, call, added):
         with self._changed:
             self.calls.append(call)
-            if clear:
-                self.objects.clear()
             self.objects.update(added)
             self._changed.notify_all()
 
@@ -89,10 +92,10 @@ class Watching:
             self.failures.append(error)
 
     def wait_for_names(self, *names):
-        self.shelf.wait_for(lambda: self.shelf.names == set(names))
+        self.shelf.wait_for(lambda: self.shelf.names == set(names) and self.shelf.count("listed"))
 
     def wait_for_open_watch(self):
-        self.shelf.wait_for(lambda: self.shelf.calls)
+        self.shelf.wait_for(lambda: self.shelf.count("listed"))
         self.server.wait_for(lambda: self.server.open_watches() > 0, DEADLINE_S)
 
     def reconnects(self, reason):
@@ -166,14 +169,14 @@ def test_initial_state_is_delivered_once_and_whole(server, follow):
     watching = follow(server)
     watching.wait_for_names("svc0", "svc1", "svc2")
 
-    assert watching.shelf.calls == [("replace", "Service")]
+    watching.shelf.wait_for(lambda: watching.shelf.calls == [("listed", "Service")])
     assert server.count("list") == 0
 
 
 def test_empty_cluster_is_delivered_as_an_empty_list(server, follow):
     watching = follow(server, "EndpointSlice")
 
-    watching.shelf.wait_for(lambda: watching.shelf.calls == [("replace", "EndpointSlice")])
+    watching.shelf.wait_for(lambda: watching.shelf.calls == [("listed", "EndpointSlice")])
 
 
 def test_query_of_a_streaming_list_is_kube_proxys(server, follow):
@@ -218,7 +221,7 @@ def test_server_without_streaming_lists_is_listed_by_pages(serve, follow):
     server.apply(builders.make_service("later"))
     watching.wait_for_names("svc0", "svc1", "svc2", "later")
 
-    assert watching.shelf.count("replace") == 1
+    assert watching.shelf.count("listed") == 1
 
 
 def test_pages_are_put_together(serve, follow):
@@ -234,7 +237,7 @@ def test_pages_are_put_together(serve, follow):
     server.apply(builders.make_service("new"))
     server.compact()
     server.start()
-    watching.shelf.wait_for(lambda: len(watching.shelf.names) == 1201)
+    watching.shelf.wait_for(lambda: watching.shelf.count("listed") == 2)
 
     assert [request.query.get("limit") for request in server.requests if request.verb == "list"] == [
         "500", "500", "500",
@@ -253,7 +256,7 @@ def test_list_begins_anew_in_one_piece_when_its_continue_token_expires(serve, fo
     server.compact()
     server.expire_next_continue()
     server.start()
-    watching.shelf.wait_for(lambda: len(watching.shelf.names) == 1201)
+    watching.shelf.wait_for(lambda: watching.shelf.count("listed") == 2)
 
     limits = [request.query.get("limit") for request in server.requests if request.verb == "list"]
     assert limits == ["500", "500", None]
@@ -282,7 +285,7 @@ def test_stream_that_falls_silent_within_the_initial_state_is_listed_by_pages(se
     watching = follow(server)
     watching.wait_for_names("svc1")
 
-    assert watching.shelf.calls == [("replace", "Service")]
+    watching.shelf.wait_for(lambda: watching.shelf.calls == [("listed", "Service")])
 
 
 def test_stream_that_ends_within_the_initial_state_is_listed_by_pages(server, follow):
@@ -293,7 +296,7 @@ def test_stream_that_ends_within_the_initial_state_is_listed_by_pages(server, fo
     watching = follow(server)
     watching.wait_for_names("svc1", "svc2")
 
-    assert watching.shelf.calls == [("replace", "Service")]
+    watching.shelf.wait_for(lambda: watching.shelf.calls == [("listed", "Service")])
 
 
 def test_changes_before_the_end_of_the_initial_state_are_part_of_it(server, follow):
@@ -313,7 +316,7 @@ def test_changes_before_the_end_of_the_initial_state_are_part_of_it(server, foll
     watching.wait_for_names("stays")
 
     assert watching.shelf.objects["default", "stays"].spec.ports[0].port == 443
-    assert watching.shelf.calls == [("replace", "Service")]
+    watching.shelf.wait_for(lambda: watching.shelf.calls == [("listed", "Service")])
 
 
 def test_page_that_is_no_list_is_asked_for_again(serve, follow):
@@ -359,7 +362,7 @@ def test_changes_follow_the_list(serve, follow, streaming_lists):
     )
 
     assert watching.shelf.calls == [
-        ("replace", "Service"),
+        ("listed", "Service"),
         ("upsert", "Service", "default", "new"),
         ("delete", "Service", "default", "old"),
         ("upsert", "Service", "default", "new"),
@@ -444,7 +447,7 @@ def test_watch_that_is_cut_resumes_where_it_was(server, follow):
     server.apply(builders.make_service("new"))
     watching.wait_for_names("old", "new")
 
-    assert watching.shelf.count("replace") == 1
+    assert watching.shelf.count("listed") == 1
     assert watching.reconnects("cut") == 1
 
 
@@ -458,7 +461,7 @@ def test_watch_ended_by_its_time_limit_resumes_at_once(server, follow):
     server.apply(builders.make_service("new"))
     watching.wait_for_names("new")
 
-    assert watching.shelf.count("replace") == 1
+    assert watching.shelf.count("listed") == 1
 
 
 def test_watch_that_ends_at_once_is_not_repeated_without_a_pause(server, follow):
@@ -485,7 +488,7 @@ def test_resumes_from_the_version_of_the_last_bookmark(serve, follow):
     server.wait_for(lambda: server.count("watch") == 1)
 
     assert server.requests[0].query["resourceVersion"] == version
-    assert watching.shelf.count("replace") == 1
+    assert watching.shelf.count("listed") == 1
 
 
 def test_changes_while_the_server_was_down_arrive_after_its_return(server, follow):
@@ -502,7 +505,7 @@ def test_changes_while_the_server_was_down_arrive_after_its_return(server, follo
         server.start()
         watching.wait_for_names("old", "new")
 
-    assert watching.shelf.count("replace") == 1
+    assert watching.shelf.count("listed") == 1
     events = [log["event"] for log in logs]
     assert events.count("watch.failed") == 1
     assert events.count("watch.reconnected") == 1
@@ -576,7 +579,7 @@ def test_error_event_is_survived(server, follow):
     server.apply(builders.make_service("new"))
     watching.wait_for_names("new")
 
-    assert watching.shelf.count("replace") == 1
+    assert watching.shelf.count("listed") == 1
 
 
 def test_server_that_went_back_in_time_is_listed_again(server, follow):
@@ -587,7 +590,7 @@ def test_server_that_went_back_in_time_is_listed_again(server, follow):
 
     # etcd was restored from a backup: its versions are lower than what this watch has seen.
     server.send_raw("services", event("BOOKMARK", {"metadata": {"resourceVersion": "1"}}))
-    watching.shelf.wait_for(lambda: watching.shelf.count("replace") == 2)
+    watching.shelf.wait_for(lambda: watching.shelf.count("listed") == 2)
 
     assert watching.reconnects("expired") == 1
 
@@ -598,7 +601,7 @@ def test_server_behind_what_was_seen_is_listed_again(server, follow):
 
     status = {"code": 504, "message": "Too large resource version: 900, current: 7"}
     server.send_raw("services", event("ERROR", status))
-    watching.shelf.wait_for(lambda: watching.shelf.count("replace") == 2)
+    watching.shelf.wait_for(lambda: watching.shelf.count("listed") == 2)
 
     assert watching.reconnects("expired") == 1
 
@@ -709,7 +712,7 @@ def test_garbage_once_is_transport_damage_and_loses_nothing(server, follow):
     watching.wait_for_names("svc1")
 
     assert watching.problems == []
-    assert watching.shelf.count("replace") == 1
+    assert watching.shelf.count("listed") == 1
 
 
 def test_event_that_is_never_readable_is_left_out_and_told(server, follow):
@@ -872,7 +875,7 @@ def test_stops_while_a_frozen_server_owes_the_first_answer(server, follow):
 
 def test_unexpected_exception_ends_the_watcher(server, follow):
     class Full(Shelf):
-        def replace(self, kind, all_objects):
+        def listed(self, kind):
             raise MemoryError
 
     watching = follow(server)
