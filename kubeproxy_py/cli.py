@@ -24,7 +24,7 @@ from kubeproxy_py import (
 )
 from kubeproxy_py import log as logging
 from kubeproxy_py import rules as rule_names
-from kubeproxy_py.errors import ConfigError, KubeProxyError
+from kubeproxy_py.errors import BackendMissing, ConfigError, KubeProxyError
 from kubeproxy_py.iptables import chains, plan, runner
 from kubeproxy_py.model import IPFamily, Problem
 from kubeproxy_py.ruleset import Ruleset
@@ -106,20 +106,36 @@ def render(flag_values: flags.FlagValues, host_facts: flags.HostFacts) -> None:
 def plan_command(flag_values: flags.FlagValues, host_facts: flags.HostFacts) -> None:
     """Print what would change on this host now: exit 0 nothing, 2 something, 1 error."""
     settings = _settings(flag_values)
+    config.require_iptables_mode(settings.config)
     backend = host.choose_backend(settings.iptables_backend)
-    families = [host_facts.ip_family] if host_facts.ip_family else list(IPFamily)
     found = _EXIT_NOTHING
-    for family in families:
-        if family is IPFamily.V6 and not hostnet.has_ipv6():
-            continue
-        kernel = runner.Iptables(runner.find_programs(family, backend))
-        ruleset = _build(settings, _facts_of_host(host_facts, kernel.programs), family)
+    for family, programs in _programs(backend, host_facts.ip_family).items():
+        kernel = runner.Iptables(programs)
+        ruleset = _build(settings, _facts_of_host(host_facts, programs), family)
         live: chains.Tables = kernel.save()
         for batch in plan.plan(ruleset.tables, live, groups=ruleset.groups()):
             found = _EXIT_CHANGES
             click.echo(f"# {family.value}, {backend}")
             click.echo(batch.render(), nl=False)
     sys.exit(found)
+
+
+def _programs(
+    backend: runner.Backend, asked_for: IPFamily | None
+) -> dict[IPFamily, runner.Programs]:
+    """Return the programs of the family *asked_for*, else of those that `run` would program."""
+    if asked_for is not None:
+        return {asked_for: runner.find_programs(asked_for, backend)}
+    found: dict[IPFamily, runner.Programs] = {}
+    missing: list[str] = []
+    for family in host.usable_families():
+        try:
+            found[family] = runner.find_programs(family, backend)
+        except BackendMissing as error:
+            missing.append(str(error))
+    if not found:
+        raise BackendMissing("; ".join(missing))
+    return found
 
 
 @cli.command("explain", cls=flag_types.Command)
@@ -215,6 +231,9 @@ def main(argv: list[str] | None = None) -> NoReturn:
         status = cli.main(args=argv, prog_name="kubeproxy-py", standalone_mode=False)
     except click.ClickException as error:
         error.show()
+        status = _EXIT_ERROR
+    except click.Abort:
+        # Ctrl-C: whoever pressed it knows why.
         status = _EXIT_ERROR
     except KubeProxyError as error:
         log.error("command.failed", error=str(error))  # noqa: TRY400 - the text says what to do

@@ -46,8 +46,12 @@ def choose_backend(wanted: str) -> runner.Backend:
     for backend in runner.BACKENDS:
         if wanted == backend:
             return backend
-    families = [IPFamily.V4, *([IPFamily.V6] if hostnet.has_ipv6() else [])]
-    return runner.detect_backend(families)
+    return runner.detect_backend(usable_families())
+
+
+def usable_families() -> list[IPFamily]:
+    """Return the families that this kernel speaks, V4 first."""
+    return [IPFamily.V4, *([IPFamily.V6] if hostnet.has_ipv6() else [])]
 
 
 def find_kernels(backend: runner.Backend) -> dict[IPFamily, runner.Iptables]:
@@ -58,7 +62,7 @@ def find_kernels(backend: runner.Backend) -> dict[IPFamily, runner.Iptables]:
     kernels: dict[IPFamily, runner.Iptables] = {}
     failures: dict[IPFamily, str] = {}
     for family in IPFamily:
-        if family is IPFamily.V6 and not hostnet.has_ipv6():
+        if family not in usable_families():
             failures[family] = "this kernel has no IPv6"
             continue
         try:

@@ -1,13 +1,14 @@
 """Cleaning up on a real kernel: both backends, both families, and what may be in the way."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from kubeproxy_py import rules
+from kubeproxy_py import nfacct, rules
 from kubeproxy_py.iptables import chains
 from kubeproxy_py.model import IPFamily
 from tests.support.builders import make_node, make_service, make_slice
@@ -151,33 +152,38 @@ def test_cleaning_twice_is_no_error(command, node, backend):
     assert node.live(backend) == before
 
 
-def test_what_is_in_the_way_is_told_and_the_rest_is_cleaned(command, node, backend):
+def test_a_chain_that_others_lead_to_is_emptied_and_the_rest_goes(command, node, backend):
+    node.fill(backend, IPFamily.V4)
+    programs = iptables_programs(backend, IPFamily.V4)
+    theirs = ["-s", "192.0.2.1/32", "-j", "KUBE-SERVICES"]
+    node.lab.node.run([programs.command, "-t", "nat", "-A", "PREROUTING", *theirs])
+    command("cleanup")
+
+    own, builtin = node.left(backend)
+    assert own == {("nat", "KUBE-SERVICES"): ()}
+    assert builtin == {**FIREWALL_JUMPS, "PREROUTING": (" ".join(theirs),)}
+
+
+def test_a_backend_that_cannot_be_cleaned_is_told_and_the_other_is_cleaned(
+    command, node, backend, tmp_path, monkeypatch
+):
     other = "legacy" if backend == "nft" else "nft"
     for used in (backend, other):
         node.fill(used, IPFamily.V4)
-    # Somebody's own rule leads to a chain of ours, so it cannot be deleted.
-    programs = iptables_programs(backend, IPFamily.V4)
-    node.lab.node.run(
-        [
-            programs.command,
-            "-t",
-            "nat",
-            "-A",
-            "PREROUTING",
-            "-s",
-            "192.0.2.1",
-            "-j",
-            "KUBE-SERVICES",
-        ]
-    )
-    done = command("cleanup", "--logging-format=json", check=False)
+    # A program that is found and then fails, before the host's own.
+    refusing = tmp_path / iptables_programs(backend, IPFamily.V4).restore
+    refusing.write_text("#!/bin/sh\nexit 1\n")
+    refusing.chmod(0o755)
+    with monkeypatch.context() as changed:
+        changed.setitem(node.lab.node._env, "PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+        done = command("cleanup", "--logging-format=json", check=False)
 
-    print(done.stderr)
     events = [json.loads(line) for line in done.stderr.splitlines()]
     (failed,) = (event for event in events if event["event"] == "cleanup.failed")
     assert (failed["backend"], failed["ip_family"]) == (backend, "IPv4")
     assert events[-1]["error"] == "encountered an error while tearing down rules"
     assert done.returncode == 1
+    assert own_rules(node.live(backend))
     assert not own_rules(node.live(other))
 
 
@@ -221,8 +227,13 @@ def test_nothing_is_removed_by_a_daemon_that_refuses_to_start(clean_lab, tmp_pat
 
 
 def test_sysctls_and_counters_stay(command, node, backend):
+    name = rules.INVALID_DROPPED_COUNTER
+    with node.lab.node.entered():
+        has_counters = nfacct.supported() and nfacct.ensure(name)
     node.lab.node.write_sysctls({"net/ipv4/conf/all/route_localnet": "1"})
     node.fill(backend, IPFamily.V4)
     command("cleanup")
 
     assert node.lab.node.read_sysctl("net/ipv4/conf/all/route_localnet") == "1"
+    with node.lab.node.entered():
+        assert not has_counters or nfacct.read(name) is not None

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import socket
+import sys
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
@@ -555,6 +556,23 @@ def test_without_ip6tables_only_ipv4_is_programmed(start, api, broken):
     (left_out,) = proxy.events("iptables.family_unavailable")
     assert left_out["ip_family"] == "IPv6"
     assert "ip6tables" in left_out["reason"]
+
+
+def test_a_plan_is_made_for_the_families_that_run_would_program(clean_lab, broken, tmp_path):
+    broken("ip6tables")
+    objects = tmp_path / "objects.json"
+    objects.write_text(json.dumps(make_service()))
+    argv = [sys.executable, "-m", "kubeproxy_py", "plan", f"--manifests={objects}"]
+    both = clean_lab.node.run([*argv, f"--iptables-backend={BACKEND}"], check=False)
+    v6 = clean_lab.node.run(
+        [*argv, f"--iptables-backend={BACKEND}", "--ip-family=ipv6"], check=False
+    )
+
+    assert both.returncode == 2
+    assert f"# IPv4, {BACKEND}" in both.stdout
+    assert "# IPv6" not in both.stdout
+    assert v6.returncode == 1
+    assert "ip6tables" in v6.stderr
 
 
 def test_without_iptables_an_ipv6_node_is_served_all_the_same(start, api, broken):

@@ -81,7 +81,7 @@ def node_port(number: int) -> int:
     return 30000 + number * 7
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def state(number: int, kind: str) -> ServiceState:
     """Return the IPv4 Service *number* as one of KINDS."""
     endpoints, published, fields = _KINDS[kind]

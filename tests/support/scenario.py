@@ -6,7 +6,8 @@ says nothing of how a flow is tried; flows.py has the two engines for that. ``bu
 Scenario's rules with the program's own modules, from objects to restore inputs.
 """
 
-from collections.abc import Mapping, Sequence
+import ipaddress
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal, NamedTuple, TypeAlias
 
@@ -40,6 +41,8 @@ NODE_PORT: Final = 30080
 NODE_SERVER_PORT: Final = 32000
 #: A server that the node has on 127.0.0.1 alone.
 PRIVATE_PORT: Final = 83
+#: Enough for every shared chain to become a tree of several levels.
+_BYSTANDERS: Final = 40
 #: For load_balancer and service: the policy that keeps outside traffic on its node.
 LOCAL: Final[dict[str, Any]] = {"externalTrafficPolicy": "Local"}
 ENDPOINT_PORT: Final = 80  # of endpoints, unless told
@@ -227,7 +230,9 @@ def build(
     """
     own = scenario.plan
     built = Ruleset(_options(scenario, dispatch=dispatch, has_nfacct=has_nfacct))
-    built.apply(service_states(scenario.objects, own.family, node_name=NODE_NAME))
+    # A tree of one leaf would be flat.
+    crowd = _bystanders(own) if dispatch == "tree" else ()
+    built.apply(service_states([*scenario.objects, *crowd], own.family, node_name=NODE_NAME))
     before = (scenario.foreign or {}) if after is None else after.tables
     live: Tables = {table: dict(found) for table, found in before.items()}
     inputs = [render(live)] if live and after is None else []
@@ -235,6 +240,27 @@ def build(
         batch.apply_to(live)
         inputs.append(batch.render())
     return Rules(tuple(inputs), live)
+
+
+def _bystanders(own: AddressPlan) -> Iterator[Json]:
+    """Yield Services that nobody asks for, with addresses and ports beside those of scenarios."""
+    for number in range(1, _BYSTANDERS + 1):
+        endpoints: tuple[Place, ...] = ("remote2",) if number % 2 else ()
+        ips = (own.cluster_ip, own.lb_vip, own.external_ip)
+        cluster_ip, lb_vip, external_ip = (str(ipaddress.ip_address(ip) + number) for ip in ips)
+        yield from service(
+            own,
+            *endpoints,
+            name=f"bystander-{number}",
+            type="LoadBalancer",
+            cluster_ip=cluster_ip,
+            lb_ips=[lb_vip],
+            externalIPs=[external_ip],
+            node_port=NODE_PORT + 16 * number,
+            loadBalancerSourceRanges=[own.outside_allowed_cidr],
+            healthCheckNodePort=NODE_SERVER_PORT + 16 * number,
+            **LOCAL,
+        )
 
 
 def render(tables: Tables) -> str:

@@ -97,6 +97,18 @@ def test_a_host_without_our_rules_gets_an_empty_batch():
     assert not cleanup.removal(tables(FOREIGN, jumps=0)).sections
 
 
+def test_a_chain_that_others_lead_to_is_emptied():
+    # It cannot be deleted, and in a restore that tries to, nothing else would be.
+    live = tables(OURS)
+    live["nat"]["PREROUTING"] += ("-s 192.0.2.2/32 -j KUBE-SERVICES",)
+    left = cleaned(live)
+
+    assert {name: texts for name, texts in left["nat"].items() if "KUBE" in name} == {
+        "KUBE-SERVICES": ()
+    }
+    assert left["nat"]["PREROUTING"] == (FOREIGN_RULE, "-s 192.0.2.2/32 -j KUBE-SERVICES")
+
+
 def test_jumps_go_before_the_chains_they_lead_to():
     lines = cleanup.removal(tables(OURS)).render().splitlines()
 

@@ -167,8 +167,7 @@ def test_changes_that_were_taken_add_up_to_the_chains(rounds):
     for changes in rounds:
         for change in changes:
             apply(tree, held, change)
-        for prefix, rules in tree.take_changed().items():
-            told[prefix] = rules
+        told |= tree.take_changed()
         told = {prefix: rules for prefix, rules in told.items() if rules is not None}
 
         assert told == tree.chains
