@@ -28,6 +28,16 @@ _FIRST_CLUSTER_IP: Final = (172 << 24) + (30 << 16) + 1
 _CHURNING: Final = 200
 
 
+def _fresh_addresses() -> Iterator[str]:
+    """Yield pod addresses that no Service has: 50,000 pods a node end at 10.3.195."""
+    return itertools.cycle(
+        f"10.{high}.{middle}.{low}"
+        for high in (3, 2)
+        for middle in range(200, 256)
+        for low in range(1, 251)
+    )
+
+
 @dataclasses.dataclass(slots=True)
 class Stage:
     """One size of cluster, ready for daemons of any backend and layout."""
@@ -39,15 +49,7 @@ class Stage:
     slices: dict[int, Json]  # by Service number: those that are changed
     client: Client  # a pod on the node under test
     bare_client: Client  # a pod on a node without any rule
-
-    def __post_init__(self) -> None:
-        """Begin with addresses that no Service has: up to 50,000 pods a node end at 10.3.195."""
-        self._fresh = itertools.cycle(
-            f"10.{high}.{middle}.{low}"
-            for high in (3, 2)
-            for middle in range(200, 256)
-            for low in range(1, 251)
-        )
+    _fresh: Iterator[str] = dataclasses.field(default_factory=_fresh_addresses)
 
     @property
     def probe(self) -> int:

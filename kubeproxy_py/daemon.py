@@ -6,6 +6,7 @@ either whole or gone. A thread that ends unasked ends the process, with a reason
 make the supervisor start it again; the rules stay in the kernel in any case.
 """
 
+import queue
 import signal
 import threading
 import time
@@ -74,6 +75,7 @@ class Daemon:
         self._metrics = metrics.Metrics(self._registry)
         self._notifier = notify.Notifier()
         self._stop = threading.Event()
+        self._signals: queue.SimpleQueue[int] = queue.SimpleQueue()
         self._failure: str | None = None
         self._threads: list[threading.Thread] = []
         self._undo: list[Callable[[], None]] = []
@@ -82,7 +84,9 @@ class Daemon:
         # What cannot work on any node is refused before anything on this one is touched.
         for family in IPFamily:
             options.local_detector(self._config, family, ())
+        # As they were at the start; None: it has not come to that yet.
         self._pod_cidrs: tuple[str, ...] | None = None
+        self._node_ips: tuple[str, ...] = ()
         self._connection = self._connect()
         self._recorder = recorder.Recorder(self._connection, host=host.node_name(""))
         self._health = health.ProxyHealth(self._config.iptables.sync_period_s)
@@ -90,8 +94,9 @@ class Daemon:
 
     def run(self) -> int:
         """Run until a signal or a failure; return the exit status."""
+        threading.Thread(target=self._stop_by_signal, name="signals", daemon=True).start()
         for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._stop_by_signal)
+            signal.signal(number, self._note_signal)
         threading.excepthook = self._note_crash
         # From here on, because starting may take minutes and the file was read before.
         file = self._open_config_file()
@@ -139,6 +144,7 @@ class Daemon:
         if ips.primary not in kernels:
             raise KubeProxyError(f'no support for primary IP family "{ips.primary.value}"')
         host.warn_if_unknown(self._config, is_known=ips.is_known)
+        self._node_ips = node.ips if node else ()
         self._pod_cidrs = node.pod_cidrs if node else ()
         for doubt in options.doubts(self._config, ips, self._pod_cidrs, tuple(kernels)):
             log.warning(
@@ -395,8 +401,13 @@ class Daemon:
             self._failure = reason
         self._stop.set()
 
-    def _stop_by_signal(self, number: int, _frame: FrameType | None) -> None:
-        log.info("daemon.stopping", signal=signal.Signals(number).name)
+    def _note_signal(self, number: int, _frame: FrameType | None) -> None:
+        # Runs in the main thread between any two of its steps, so it may take no lock: that of the
+        # event or of the log may be the main thread's own at that moment.
+        self._signals.put(number)
+
+    def _stop_by_signal(self) -> None:
+        log.info("daemon.stopping", signal=signal.Signals(self._signals.get()).name)
         self._stop.set()
 
     # Events from below -----------------------------------------------------------------------------
@@ -436,6 +447,13 @@ class Daemon:
         self._health.set_node(eligible=node.is_eligible)
         if self._pod_cidrs is None:
             return
+        if node.ips != self._node_ips:
+            log.info(
+                "node.ips_changed",
+                message="the IPs of the start are still used, until a restart",
+                ips=node.ips,
+                started_with=self._node_ips,
+            )
         if self._config.detect_local_mode == "NodeCIDR" and node.pod_cidrs != self._pod_cidrs:
             self._fail(
                 f"PodCIDRs changed for the node: {', '.join(node.pod_cidrs)} instead of "

@@ -32,12 +32,13 @@ NAT_SERVICES: Final = ChainId(rules.NAT, rules.SERVICES)
 # What the names of a tree's chains begin with. In nat these are prefixes of kube-proxy's own: should
 # it take this node over, it knows such chains for stale ones and deletes them. Chains that it left
 # behind would go on referring to Services' chains, and the kernel would refuse to delete those.
+# KUBE-SVL is free for the look-up of addresses: whoever counts KUBE-SVC- chains counts Services.
 _PREFIXES: Final = {
-    ChainId(rules.FILTER, rules.SERVICES): "KUBE-SVC",
+    ChainId(rules.FILTER, rules.SERVICES): "KUBE-SVL",
     ChainId(rules.FILTER, rules.EXTERNAL_SERVICES): "KUBE-EXT",
     ChainId(rules.FILTER, rules.NODE_PORTS): "KUBE-SVL",
     ChainId(rules.FILTER, rules.PROXY_FIREWALL): "KUBE-FW",
-    NAT_SERVICES: "KUBE-SVC",
+    NAT_SERVICES: "KUBE-SVL",
     ChainId(rules.NAT, rules.NODE_PORTS): "KUBE-EXT",
 }
 #: The chains shared by all ServicePorts; they exist also when they are empty.

@@ -6,6 +6,7 @@ What ``explain`` does beside reading flags. The only part of it that looks at th
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from types import MappingProxyType
 from typing import Final, NamedTuple
 
 from kubeproxy_py import (
@@ -44,7 +45,7 @@ class Situation(NamedTuple):
     facts: explain.Facts
     node_ip: str
     #: Of built-in chains, by (table, chain); what is not named accepts.
-    policies: Mapping[tuple[str, str], str]
+    policies: Mapping[tuple[str, str], str] = MappingProxyType({})
 
 
 class _Destination(NamedTuple):
@@ -88,7 +89,7 @@ def desired(ruleset: Ruleset, host_facts: HostFacts) -> Situation:
     stated = [cidr.partition("/")[0] for _, cidr in host_facts.interface_addresses]
     local = frozenset({node_ip, *host_facts.node_ips, *stated})
     return Situation(
-        explain.with_jumps(ruleset.tables), explain.Facts(local_addresses=local), node_ip, {}
+        explain.with_jumps(ruleset.tables), explain.Facts(local_addresses=local), node_ip
     )
 
 

@@ -4,6 +4,7 @@ The daemon's own promise: whole or gone. What it does on a kernel is in tests/pa
 Built here, but never run: running touches the host.
 """
 
+import signal
 import threading
 
 import pytest
@@ -74,6 +75,19 @@ def test_the_first_failure_is_the_reason(built):
     assert built._failure == "first"
 
 
+def test_a_signal_is_noted_while_the_main_thread_holds_every_lock(built):
+    # As it may, between any two steps of waiting.
+    thread = threading.Thread(target=built._stop_by_signal)
+    thread.start()
+    with built._stop._cond:
+        built._note_signal(signal.SIGTERM, None)
+        assert not built._stop._flag
+    thread.join(10)
+
+    assert built._stop.is_set()
+    assert built._failure is None
+
+
 @pytest.mark.parametrize(
     ("mode", "before", "after", "is_failure"),
     [
@@ -95,6 +109,16 @@ def test_changed_pod_cidrs_end_it_in_node_cidr_mode_alone(
     built._node_changed(Node(name="node1", pod_cidrs=after))
 
     assert built._stop.is_set() is is_failure
+
+
+def test_node_ips_that_change_are_told_and_nothing_more(built):
+    built._node_ips, built._pod_cidrs = ("192.168.0.2",), ()
+    with structlog.testing.capture_logs() as logs:
+        built._node_changed(Node(name="node1", ips=("192.168.0.2",), zone="zone-b"))
+        built._node_changed(Node(name="node1", ips=("192.168.0.3",)))
+
+    assert [entry["event"] for entry in logs] == ["node.ips_changed"]
+    assert not built._stop.is_set()
 
 
 def test_an_interface_that_no_node_can_have_is_refused_before_anything_starts(settings):

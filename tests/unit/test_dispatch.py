@@ -216,7 +216,7 @@ def test_tree_is_a_tree_from_the_second_entry_on():
     kept = Kept(layout="tree")
     kept.fill(2)
 
-    assert kept.tables[rules.NAT][rules.SERVICES] == ("-d 172.30.0.0/28 -j KUBE-SVC-172.30.0.0-28",)
+    assert kept.tables[rules.NAT][rules.SERVICES] == ("-d 172.30.0.0/28 -j KUBE-SVL-172.30.0.0-28",)
 
 
 def test_becoming_a_tree_and_flat_again_between_two_looks_leaves_no_chain():
@@ -309,7 +309,7 @@ def test_jumps_of_ipv6_show_the_prefix_that_the_name_has_no_room_for():
     kept.keep()
     (jump,) = kept.tables[rules.NAT][rules.SERVICES]
 
-    assert jump.startswith("-d fd00:172:30::40/124 -j KUBE-SVC-6-")
+    assert jump.startswith("-d fd00:172:30::40/124 -j KUBE-SVL-6-")
     assert jump.endswith("-124")
 
 

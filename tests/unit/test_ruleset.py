@@ -2,7 +2,7 @@
 
 import msgspec
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kubeproxy_py import rules
@@ -17,7 +17,7 @@ from kubeproxy_py.model import (
     ServiceState,
 )
 from kubeproxy_py.ruleset import HealthCheck, Ruleset
-from tests.support import states, strategies
+from tests.support import crowds, lookups, states, strategies
 
 OPTIONS = states.golden_options(IPFamily.V4)
 TCP, UDP = PortKey("", "tcp"), PortKey("", "udp")
@@ -98,6 +98,68 @@ def test_touched_chains_are_those_that_differ(before, changed):
     ruleset.take_touched()
     old = {table: dict(chains) for table, chains in ruleset.tables.items()}
     ruleset.apply(changed)
+
+    differing = {
+        ChainId(table, chain)
+        for table in old
+        for chain in {*old[table], *ruleset.tables[table]}
+        if old[table].get(chain) != ruleset.tables[table].get(chain)
+    }
+    assert differing <= ruleset.take_touched()
+
+
+# The same where the shared chains are trees ------------------------------------------------------
+
+FEW = settings(max_examples=30)
+
+
+def laid_out(layout):
+    return Ruleset(msgspec.structs.replace(OPTIONS, layout=layout))
+
+
+@FEW
+@given(st.lists(crowds.crowds(), max_size=4))
+def test_trees_are_what_building_from_nothing_gives_after_any_sequence_of_changes(history):
+    ruleset, last = laid_out("tree"), {}
+    for known in history:
+        ruleset.apply(dict.fromkeys(last.keys() - known.keys()) | known)
+        last = known
+    reference = laid_out("tree")
+    reference.apply(last)
+
+    assert everything(ruleset) == everything(reference)
+
+
+@FEW
+@given(st.lists(crowds.crowds(), min_size=1, max_size=4))
+def test_auto_is_chain_by_chain_either_flat_or_a_tree(history):
+    """Between the thresholds it depends on what was before, and nothing else does."""
+    rulesets = {layout: laid_out(layout) for layout in ("flat", "auto", "tree")}
+    last = {}
+    for known in history:
+        for ruleset in rulesets.values():
+            ruleset.apply(dict.fromkeys(last.keys() - known.keys()) | known)
+        last = known
+    flat, auto, tree = (rulesets[layout].tables for layout in ("flat", "auto", "tree"))
+
+    for table, chain in SHARED:
+        rule_count = len(flat[table][chain])
+        is_flat = auto[table][chain] == flat[table][chain]
+        assert is_flat or auto[table][chain] == tree[table][chain]
+        assert is_flat or rule_count >= 32
+        assert not is_flat or rule_count <= 64 + 1 or flat[table][chain] == tree[table][chain]
+        assert sorted(lookups.shared_rules(auto, table, chain)) == sorted(flat[table][chain])
+
+
+@FEW
+@given(crowds.changed_crowds(), st.sampled_from(["tree", "auto"]))
+def test_touched_chains_of_a_tree_are_those_that_differ(change, layout):
+    before, after = change
+    ruleset = laid_out(layout)
+    ruleset.apply(before)
+    ruleset.take_touched()
+    old = {table: dict(chains) for table, chains in ruleset.tables.items()}
+    ruleset.apply(dict.fromkeys(before.keys() - after.keys()) | after)
 
     differing = {
         ChainId(table, chain)

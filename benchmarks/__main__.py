@@ -1,0 +1,127 @@
+"""Runs the benchmarks: ``python -m benchmarks --help``, or ``make bench``. Needs root."""
+
+import argparse
+import platform
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from benchmarks import figures, publish, report
+from benchmarks import stage as stages
+from benchmarks.results import Cell, Layout, Results
+from tests.support.netns import Backend
+
+_SIZES = (100, 1_000, 5_000, 10_000, 30_000)
+# nft first: what legacy leaves behind when it is emptied are tables, which packets still pass.
+_BACKENDS: tuple[Backend, ...] = ("nft", "legacy")
+_LAYOUTS: tuple[Layout, ...] = ("tree", "flat")
+# Small syncs take less than a second, of which a hiccup of the machine is a good part.
+_REPEAT_UP_TO = 1_000
+_REPEATS = 3
+
+
+def main(argv: Sequence[str]) -> int:
+    """Measure, print, write; the exit status says nothing of goals."""
+    options = _parse(argv)
+    results = Results.read(options.load) if options.load else Results(machine=_machine())
+    if not options.load:
+        _measure(results, options)
+    if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        results.write(options.json)
+    print(report.text(results))
+    if options.docs:
+        publish.publish(results, options.docs)
+    return 0
+
+
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("--sizes", type=_numbers, default=_SIZES, help="e.g. 100,1000")
+    parser.add_argument("--backends", type=_choice(*_BACKENDS), default=_BACKENDS)
+    parser.add_argument("--layouts", type=_choice(*_LAYOUTS), default=_LAYOUTS)
+    parser.add_argument(
+        "--only",
+        type=_choice("sync", *figures.FIGURES),
+        default=("sync", *figures.FIGURES),
+        help=f"of sync,{','.join(figures.FIGURES)}; sync is part of every run",
+    )
+    parser.add_argument("--json", type=Path, help="write all raw samples")
+    parser.add_argument("--load", type=Path, help="measure nothing: take what --json wrote")
+    parser.add_argument("--docs", type=Path, help="renew the tables and plots in this directory")
+    return parser.parse_args(argv)
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split(","))
+
+
+def _choice(*known: str) -> Callable[[str], tuple[str, ...]]:
+    def names(text: str) -> tuple[str, ...]:
+        found = tuple(text.split(","))
+        if unknown := set(found) - set(known):
+            raise argparse.ArgumentTypeError(f"{sorted(unknown)} are not of {','.join(known)}")
+        return found
+
+    return names
+
+
+def _measure(results: Results, options: argparse.Namespace) -> None:
+    began = time.monotonic()
+    for size in options.sizes:
+        _say(began, f"{size} Services x {stages.ENDPOINTS} endpoints: building")
+        with stages.build(size) as stage:
+            # In the order of _BACKENDS, whatever the order they are asked for in.
+            for backend in (each for each in _BACKENDS if each in options.backends):
+                for layout in options.layouts:
+                    cell = results.cell(size, backend, layout)
+                    _measure_cell(cell, stage, options.only, lambda text: _say(began, text))
+                    if options.json:
+                        options.json.parent.mkdir(parents=True, exist_ok=True)
+                        results.write(options.json)
+    _say(began, "done")
+
+
+def _measure_cell(
+    cell: Cell, stage: stages.Stage, only: Sequence[str], say: Callable[[str], None]
+) -> None:
+    where = f"{cell.size} {cell.backend} {cell.layout}"
+    repeats = _REPEATS if cell.size <= _REPEAT_UP_TO and "sync" in only else 1
+    for _ in range(repeats - 1):
+        stage.lab.reset_rules()
+        with figures.daemon(stage, cell.backend, cell.layout) as (run, started):
+            cell.add(figures.initial_sync(run, started))
+    stage.lab.reset_rules()
+    with figures.daemon(stage, cell.backend, cell.layout) as (run, started):
+        cell.add(figures.initial_sync(run, started))
+        say(f"{where}: sync {cell.samples['sync'][-1]:.2f} s")
+        figures.wait_idle(run.proxy)
+        for name, figure in figures.FIGURES.items():
+            if name not in only or (name == "bare" and cell.backend != "legacy"):
+                continue
+            cell.add(figure(run))
+            say(f"{where}: {name}")
+    stage.lab.reset_rules()
+
+
+def _say(began: float, text: str) -> None:
+    print(f"[{time.monotonic() - began:7.1f} s] {text}", file=sys.stderr, flush=True)
+
+
+def _machine() -> str:
+    cpus = [
+        line.partition(":")[2].strip()
+        for line in Path("/proc/cpuinfo").read_text().splitlines()
+        if line.startswith("model name")
+    ]
+    total_kb = int(Path("/proc/meminfo").read_text().split()[1])
+    return (
+        f"{len(cpus)} cores of {cpus[0] if cpus else platform.machine()},"
+        f" {total_kb / 2**20:.0f} GiB, Linux {platform.release()},"
+        f" {report.iptables_version()}, Python {platform.python_version()}"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,341 @@
+"""
+The figures: each a function that measures one daemon on one stage and returns raw samples.
+
+Samples are floats by series name, in the unit that ``series.SERIES`` gives. Nothing here judges.
+"""
+
+import contextlib
+import dataclasses
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Final
+
+from benchmarks import stage as stages
+from benchmarks.clients import Churn
+from benchmarks.results import Layout
+from benchmarks.stage import Stage
+from kubeproxy_py import host
+from kubeproxy_py.model import IPFamily
+from tests.support import proxy as proxies
+from tests.support.netns import Backend, Namespace, iptables_programs
+from tests.support.proxy import Proxy
+from tests.support.traffic import wait_until
+
+Samples = dict[str, list[float]]
+
+# A hundred changes make a 99th percentile more than the largest value of a handful.
+_CHANGES: Final = 100
+_CREATIONS: Final = 20
+# What one figure may take: with large tables a single restore takes a second.
+_BUDGET_S: Final = 25.0
+_MIN_SAMPLES: Final = 5  # even when the budget is spent
+# Between changes, at least: a change should not meet what is left to do for the last.
+_THINK_S: Final = 0.02
+_CONNECTS: Final = 100  # of one target before the next has its turn
+_ROUNDS: Final = 20  # spread over seconds, so that a disturbance does not hit one target only
+_RATE_CONNECTS: Final = 10_000  # in a row; few enough for conntrack's table of 65,536
+_CHURN_S: Final = 8.0
+_BARE_RESTORES: Final = 20
+_START_LIMIT_S: Final = 300.0
+_HEALTH_POLL_S: Final = 0.05  # the metrics page costs the daemon milliseconds each time
+_IDLE_S: Final = 0.5  # without a tick (10 ms) of CPU time for so long, a daemon is idle
+_TICKS_PER_S: Final = os.sysconf("SC_CLK_TCK")
+_MIB: Final = 1024.0  # kB, as /proc/PID/status counts
+_SYNCED: Final = "kubeproxy_sync_proxy_rules_last_timestamp_seconds"
+_EMPTY: Final = (
+    "*nat\n:PREROUTING ACCEPT\n:INPUT ACCEPT\n:OUTPUT ACCEPT\n:POSTROUTING ACCEPT\nCOMMIT\n"
+    "*filter\n:INPUT ACCEPT\n:FORWARD ACCEPT\n:OUTPUT ACCEPT\nCOMMIT\n"
+)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Run:
+    """One daemon on one stage: a cell of the table."""
+
+    stage: Stage
+    backend: Backend
+    layout: Layout
+    proxy: Proxy
+
+
+@contextlib.contextmanager
+def daemon(stage: Stage, backend: Backend, layout: Layout) -> Iterator[tuple[Run, float]]:
+    """Start a daemon; give it, and when it was started (time.perf_counter())."""
+    log = stage.lab.directory / "daemon.log"
+    log.unlink(missing_ok=True)
+    started = time.perf_counter()
+    with proxies.running(
+        stage.lab,
+        backend,
+        log,
+        f"--kubeconfig={stage.kubeconfig}",
+        f"--dispatch={layout}",
+        "--v=0",
+    ) as proxy:
+        yield Run(stage, backend, layout, proxy), started
+
+
+# From nothing ------------------------------------------------------------------------------------
+
+
+def initial_sync(run: Run, started: float) -> Samples:
+    """Time from the start of the process until the last Service answers."""
+    answered = max(
+        run.stage.client.wait(ip, bool, patience_s=0.02, interval_s=0.01, limit_s=_START_LIMIT_S)
+        for ip in run.stage.last
+    )
+    run.proxy.wait_synced(_START_LIMIT_S)
+    return {"sync": [answered - started]}
+
+
+def bare_restores(run: Run) -> Samples:
+    """Time what legacy's own programs take: for all rules at once, and for an empty chain then.
+
+    In another namespace, so that the daemon sees nothing of it. Only legacy: nft's restore takes time
+    in proportion to the square of its input, and would take minutes.
+    """
+    lab, programs = run.stage.lab, iptables_programs("legacy", IPFamily.V4)
+    text = lab.directory / "all.rules"
+    text.write_text(lab.node.run([programs.save]).stdout)
+    # Some rules name counters, which a namespace has to have first.
+    with lab.outside.entered():
+        host.ensure_counters()
+    small = lab.directory / "small.rules"
+    small.write_text("*nat\n:KPP-BENCH - [0:0]\nCOMMIT\n")
+    try:
+        return {
+            "bare_all": [_restore_seconds(lab.outside, [programs.restore], text)],
+            "bare_small": [
+                _restore_seconds(lab.outside, [programs.restore, "--noflush"], small)
+                for _ in range(_BARE_RESTORES)
+            ],
+        }
+    finally:
+        lab.outside.run([programs.restore], input=_EMPTY)
+
+
+def _restore_seconds(ns: Namespace, argv: list[str], rules: Path) -> float:
+    with rules.open() as stream:
+        started = time.perf_counter()
+        status = ns.popen(argv, stdin=stream, stdout=subprocess.DEVNULL).wait()
+        spent = time.perf_counter() - started
+    if status:
+        raise RuntimeError(f"cannot restore {rules.name} in {ns.name}: status {status}")
+    return spent
+
+
+def memory(run: Run) -> Samples:
+    """Resident memory when idle, and the most there ever was."""
+    wait_idle(run.proxy)
+    return {
+        "memory": [_status_mib(run.proxy, "VmRSS")],
+        "memory_peak": [_status_mib(run.proxy, "VmHWM")],
+    }
+
+
+# Connections -------------------------------------------------------------------------------------
+
+
+def connect(run: Run) -> Samples:
+    """Time connects to Services, past them, and over as many hops without a rule."""
+    found: Samples = {}
+    for _ in range(_ROUNDS):
+        for name, (client, ip, port) in run.stage.connect_targets().items():
+            spent = client.connect_seconds(ip, port, _CONNECTS)
+            found.setdefault(f"connect_{name}", []).extend(spent)
+    return found
+
+
+def rate(run: Run) -> Samples:
+    """Count the connections per second that one client opens and closes, one after the other."""
+    found: Samples = {}
+    for name in ("bare", "last"):
+        client, ip, port = run.stage.connect_targets()[name]
+        started = time.perf_counter()
+        client.connect_seconds(ip, port, _RATE_CONNECTS)
+        found[f"rate_{name}"] = [_RATE_CONNECTS / (time.perf_counter() - started)]
+    return found
+
+
+# Changes -----------------------------------------------------------------------------------------
+
+
+def change(run: Run) -> Samples:
+    """Time from one endpoint's change at the API server until connections go there.
+
+    Also counts the daemon's own CPU time per change, without the programs it runs.
+    """
+    wait_idle(run.proxy)
+    before = _cpu_seconds(run.proxy)
+    spent = _change_seconds(run, _CHANGES)
+    used = _cpu_seconds(run.proxy).own - before.own
+    return {"change": spent, "change_cpu": [used / len(spent)]}
+
+
+def create(run: Run) -> Samples:
+    """Time from the creation of a Service, and then its slice, until it can be connected to."""
+    spent: list[float] = []
+    with run.stage.api() as api:
+        for _ in _within_budget(_CREATIONS, spent):
+            service, endpoint_slice = stages.new_service(len(spent) + 1)
+            started = time.perf_counter()
+            api.create(service)
+            api.create(endpoint_slice)
+            answered = run.stage.client.wait(service["spec"]["clusterIP"], bool)
+            spent.append(answered - started)
+            _think(spent[-1])
+            api.delete(endpoint_slice)
+            api.delete(service)
+            _think(spent[-1])
+    return {"create": spent}
+
+
+def busy(run: Run) -> Samples:
+    """Time single changes while 20 other endpoints change every second."""
+    with _churn(run, 20):
+        return {"busy": _change_seconds(run, _CHANGES)}
+
+
+def churn(run: Run) -> Samples:
+    """Let 100 endpoints change every second: what that costs, and what single changes feel of it."""
+    wait_idle(run.proxy)
+    before, restores = _cpu_seconds(run.proxy), _restores(run.proxy)
+    started = time.perf_counter()
+    spent: list[float] = []
+    with _churn(run, 100) as churning:
+        while time.perf_counter() - started < _CHURN_S or len(spent) < _MIN_SAMPLES:
+            spent += _change_seconds(run, 1)
+    lasted = time.perf_counter() - started
+    after = _cpu_seconds(run.proxy)
+    found = {
+        "churn": spent,
+        "churn_rate": [churning.steps / lasted],
+        "churn_cpu": [100 * (after.own - before.own) / lasted],
+        "churn_cpu_programs": [100 * (after.programs - before.programs) / lasted],
+        "churn_restores": [(_restores(run.proxy) - restores) / lasted],
+    }
+    wait_idle(run.proxy)
+    return found | {"memory_churned": [_status_mib(run.proxy, "VmRSS")]}
+
+
+def restart(run: Run) -> Samples:
+    """Stop the daemon, start another on the same rules: time until healthy, and what it writes."""
+    run.proxy.end(signal.SIGTERM)
+    with daemon(run.stage, run.backend, run.layout) as (again, started):
+        while not _is_healthy(again.proxy):
+            if time.perf_counter() - started > _START_LIMIT_S or again.proxy.process.poll():
+                raise RuntimeError(f"cannot see a healthy daemon within {_START_LIMIT_S} s")
+            time.sleep(_HEALTH_POLL_S)
+        seconds = time.perf_counter() - started
+        return {"restart": [seconds], "restart_restores": [_restores(again.proxy)]}
+
+
+def _change_seconds(run: Run, n: int) -> list[float]:
+    spent: list[float] = []
+    ip = stages.cluster_ip(run.stage.probe)
+    with run.stage.api() as api:
+        for _ in _within_budget(n, spent):
+            started = time.perf_counter()
+            address = run.stage.move(api, run.stage.probe)
+            # The other four endpoints answer four in five attempts, hence the attempts follow
+            # each other without a pause worth mentioning: it takes five of them on average.
+            seen = run.stage.client.wait(ip, address.__eq__)
+            spent.append(seen - started)
+            _think(spent[-1])
+    return spent
+
+
+def _think(last_s: float) -> None:
+    """Let the daemon's own pause pass, which is as long as its last sync."""
+    time.sleep(max(_THINK_S, last_s))
+
+
+def _within_budget(n: int, spent: list[float]) -> Iterator[int]:
+    deadline = time.monotonic() + _BUDGET_S
+    for number in range(n):
+        if len(spent) >= _MIN_SAMPLES and time.monotonic() > deadline:
+            return
+        yield number
+
+
+@contextlib.contextmanager
+def _churn(run: Run, rate: float) -> Iterator[Churn]:
+    numbers = run.stage.churning()
+    with (
+        run.stage.api() as api,
+        Churn(rate, lambda: _ignore(run.stage.move(api, next(numbers)))) as churning,
+    ):
+        yield churning
+
+
+def _ignore(_address: str) -> None:
+    """Drop an answer that nobody needs."""
+
+
+# The process -------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Cpu:
+    own: float  # seconds, user and system, of the daemon's threads
+    programs: float  # of the programs it has run and waited for
+
+
+def wait_idle(proxy: Proxy) -> None:
+    """Wait until the daemon has used no CPU time for half a second."""
+    seen, since = _cpu_seconds(proxy), time.monotonic()
+
+    def is_idle() -> bool:
+        nonlocal seen, since
+        now = _cpu_seconds(proxy)
+        if now != seen:
+            seen, since = now, time.monotonic()
+        return time.monotonic() - since > _IDLE_S
+
+    wait_until(is_idle, timeout_s=_START_LIMIT_S, what="an idle daemon")
+
+
+def _cpu_seconds(proxy: Proxy) -> _Cpu:
+    stat = Path("/proc", str(proxy.process.pid), "stat").read_text()
+    # Behind the name, which may contain anything: utime, stime, cutime, cstime are fields 14 to 17.
+    fields = [int(field) for field in stat.rpartition(")")[2].split()[11:15]]
+    return _Cpu((fields[0] + fields[1]) / _TICKS_PER_S, (fields[2] + fields[3]) / _TICKS_PER_S)
+
+
+def _status_mib(proxy: Proxy, field: str) -> float:
+    status = Path("/proc", str(proxy.process.pid), "status").read_text()
+    line = next(line for line in status.splitlines() if line.startswith(f"{field}:"))
+    return int(line.split()[1]) / _MIB
+
+
+def _restores(proxy: Proxy) -> float:
+    return proxy.metric("kubeproxy_iptables_restores_total")
+
+
+def _is_healthy(proxy: Proxy) -> bool:
+    """Tell whether /healthz says so and every family has been synced."""
+    try:
+        status, _body = proxy.get("/healthz", proxies.HEALTH_PORT)
+        return status == 200 and all(
+            proxy.metric(_SYNCED, ip_family=family.value) > 0 for family in IPFamily
+        )
+    except OSError:  # it does not listen yet
+        return False
+
+
+#: Measured on a running daemon, in this order; "sync" comes before them and "restart" after.
+FIGURES: Final[dict[str, Callable[[Run], Samples]]] = {
+    "bare": bare_restores,
+    "memory": memory,
+    "connect": connect,
+    "rate": rate,
+    "change": change,
+    "create": create,
+    "busy": busy,
+    "churn": churn,
+    "restart": restart,
+}

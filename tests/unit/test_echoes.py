@@ -1,0 +1,174 @@
+"""Rules that an iptables prints otherwise than they were written, and those that others changed."""
+
+import pytest
+
+from kubeproxy_py import rules
+from kubeproxy_py.dispatch import ChainId
+from kubeproxy_py.sync import Echoes
+from tests.support.builders import make_service, make_slice
+from tests.support.fake_iptables import FakeIptables
+from tests.unit.test_sync import World, desired, own
+
+MARK = ChainId(rules.NAT, rules.MARK_MASQ)
+WRITTEN = ("-j MARK --set-xmark 0x4000/0x4000",)
+PRINTED = ("-j MARK --or-mark 0x4000",)
+
+
+def tables(chain, texts):
+    return {chain.table: {chain.chain: texts}}
+
+
+def learned(read, written=WRITTEN):
+    """Return Echoes that have seen one chain be read back as *read*."""
+    echoes = Echoes()
+    echoes.learn(tables(MARK, read), tables(MARK, written))
+    return echoes
+
+
+def undone(echoes, live):
+    live = tables(MARK, live)
+    echoes.undo(live)
+    return live[MARK.table][MARK.chain]
+
+
+def test_another_spelling_is_taken_for_what_was_written():
+    assert undone(learned(PRINTED), PRINTED) == WRITTEN
+
+
+def test_what_reads_back_as_written_is_nothing_to_learn():
+    assert undone(learned(WRITTEN), PRINTED) == PRINTED
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        pytest.param(("-j MARK --or-mark 0x8000",), id="other rule"),
+        pytest.param((), id="no rule"),
+        pytest.param((*PRINTED, "-j ACCEPT"), id="one rule more"),
+    ],
+)
+def test_what_others_change_later_is_still_seen(changed):
+    assert undone(learned(PRINTED), changed) == changed
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        pytest.param(("-j ACCEPT",), id="other target"),
+        pytest.param((), id="flushed"),
+        pytest.param((*PRINTED, "-j RETURN"), id="one rule more"),
+        pytest.param(("-m mark --mark 0x1",), id="no target"),
+    ],
+)
+def test_a_chain_with_other_targets_is_no_spelling_of_ours(read):
+    assert undone(learned(read), read) == read
+
+
+def test_targets_count_in_their_order():
+    read, written = ("-j A -x", "-j B -x"), ("-j B", "-j A")
+
+    assert undone(learned(read, written), read) == read
+
+
+def test_a_chain_that_is_not_there_is_nothing_to_learn_and_nothing_to_undo():
+    echoes = Echoes()
+    echoes.learn({}, tables(MARK, WRITTEN))
+    assert undone(echoes, PRINTED) == PRINTED
+
+    live = {}
+    learned(PRINTED).undo(live)
+    assert live == {}
+
+
+def test_the_last_spelling_is_what_counts():
+    echoes = learned(PRINTED)
+    echoes.learn(tables(MARK, ("-j MARK --or 1",)), tables(MARK, ("-j MARK --set 1",)))
+
+    assert undone(echoes, PRINTED) == PRINTED
+    assert undone(echoes, ("-j MARK --or 1",)) == ("-j MARK --set 1",)
+
+
+# In a Syncer -------------------------------------------------------------------------------------
+
+
+class OtherPrinter(FakeIptables):
+    """A kernel whose iptables-save has other words for some rules."""
+
+    WORDS = (("--set-xmark 0x4000/0x4000", "--or-mark 0x4000"), ("-m tcp --dport", "--dport"))
+
+    def save(self):
+        return {
+            table: {chain: tuple(map(self._print, texts)) for chain, texts in by_name.items()}
+            for table, by_name in super().save().items()
+        }
+
+    def _print(self, text):
+        for ours, theirs in self.WORDS:
+            text = text.replace(ours, theirs)
+        return text
+
+
+@pytest.fixture
+def world(metrics):
+    """Give a world on another iptables, with one Service that was synced."""
+    world = World(metrics, OtherPrinter())
+    world.listed(make_service(), make_slice())
+    world.sync()
+    world.kernel.restored.clear()
+    return world
+
+
+def audit(world):
+    """Let the Syncer look at the kernel; return how many inputs it restored."""
+    before = len(world.kernel.restored)
+    world.syncer.forget_live()
+    world.sync()
+    return len(world.kernel.restored) - before
+
+
+def test_the_first_audit_writes_them_once_more_and_all_later_ones_are_silent(world):
+    assert [audit(world) for _ in range(4)] == [1, 0, 0, 0]
+
+
+def test_the_rules_are_those_that_are_wanted_after_all(world):
+    audit(world)
+    audit(world)
+
+    assert own(world.kernel.tables) == desired(make_service(), make_slice())
+
+
+def test_a_rule_that_another_program_took_away_is_put_back(world):
+    audit(world)
+    world.kernel.tables[MARK.table][MARK.chain] = ()
+
+    assert audit(world) == 1
+    assert world.kernel.tables[MARK.table][MARK.chain] == WRITTEN
+    assert audit(world) == 0
+
+
+def test_a_rule_that_another_program_changed_is_put_right(world):
+    audit(world)
+    world.kernel.tables[MARK.table][MARK.chain] = ("-j MARK --set-xmark 0x8000/0x8000",)
+
+    assert audit(world) == 1
+    assert world.kernel.tables[MARK.table][MARK.chain] == WRITTEN
+
+
+def test_only_the_chain_that_differs_is_written(world):
+    audit(world)
+    world.kernel.tables[MARK.table][MARK.chain] = ()
+    audit(world)
+
+    assert world.kernel.restored[-1].count(" - [0:0]") == 1
+
+
+def test_a_change_of_ours_is_written_and_then_silence_is_found_again(world):
+    audit(world)
+    world.put(make_slice(endpoints=["10.180.1.12"]))
+    world.sync()
+    audit(world)
+
+    assert audit(world) == 0
+    assert own(world.kernel.tables) == desired(
+        make_service(), make_slice(endpoints=["10.180.1.12"])
+    )
