@@ -12,7 +12,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
 from benchmarks import stage as stages
 from benchmarks.clients import Churn
@@ -27,18 +27,26 @@ from tests.support.traffic import wait_until
 
 Samples = dict[str, list[float]]
 
+
+class Effort(NamedTuple):
+    """How much is measured, so that a whole run has an end."""
+
+    changes: int  # samples of each kind of change
+    creations: int
+    budget_s: float  # fewer samples when this is over: with large tables, a restore takes a second
+    churn_s: float
+
+
+_SMALL: Final = Effort(changes=40, creations=15, budget_s=5.0, churn_s=4.0)
 # A hundred changes make a 99th percentile more than the largest value of a handful.
-_CHANGES: Final = 100
-_CREATIONS: Final = 20
-# What one figure may take: with large tables a single restore takes a second.
-_BUDGET_S: Final = 25.0
+_LARGE: Final = Effort(changes=100, creations=20, budget_s=25.0, churn_s=8.0)
+
 _MIN_SAMPLES: Final = 5  # even when the budget is spent
 # Between changes, at least: a change should not meet what is left to do for the last.
 _THINK_S: Final = 0.02
 _CONNECTS: Final = 100  # of one target before the next has its turn
 _ROUNDS: Final = 20  # spread over seconds, so that a disturbance does not hit one target only
 _RATE_CONNECTS: Final = 10_000  # in a row; few enough for conntrack's table of 65,536
-_CHURN_S: Final = 8.0
 _BARE_RESTORES: Final = 20
 _START_LIMIT_S: Final = 300.0
 _HEALTH_POLL_S: Final = 0.05  # the metrics page costs the daemon milliseconds each time
@@ -60,6 +68,11 @@ class Run:
     backend: Backend
     layout: Layout
     proxy: Proxy
+
+    @property
+    def effort(self) -> Effort:
+        """Goals for changes are set for more than a thousand Services."""
+        return _SMALL if self.stage.size <= 1_000 else _LARGE
 
 
 @contextlib.contextmanager
@@ -171,7 +184,7 @@ def change(run: Run) -> Samples:
     """
     wait_idle(run.proxy)
     before = _cpu_seconds(run.proxy)
-    spent = _change_seconds(run, _CHANGES)
+    spent = _change_seconds(run, run.effort.changes)
     used = _cpu_seconds(run.proxy).own - before.own
     return {"change": spent, "change_cpu": [used / len(spent)]}
 
@@ -180,7 +193,7 @@ def create(run: Run) -> Samples:
     """Time from the creation of a Service, and then its slice, until it can be connected to."""
     spent: list[float] = []
     with run.stage.api() as api:
-        for _ in _within_budget(_CREATIONS, spent):
+        for _ in _within_budget(run.effort, run.effort.creations, spent):
             service, endpoint_slice = stages.new_service(len(spent) + 1)
             started = time.perf_counter()
             api.create(service)
@@ -197,7 +210,7 @@ def create(run: Run) -> Samples:
 def busy(run: Run) -> Samples:
     """Time single changes while 20 other endpoints change every second."""
     with _churn(run, 20):
-        return {"busy": _change_seconds(run, _CHANGES)}
+        return {"busy": _change_seconds(run, run.effort.changes)}
 
 
 def churn(run: Run) -> Samples:
@@ -207,7 +220,7 @@ def churn(run: Run) -> Samples:
     started = time.perf_counter()
     spent: list[float] = []
     with _churn(run, 100) as churning:
-        while time.perf_counter() - started < _CHURN_S or len(spent) < _MIN_SAMPLES:
+        while time.perf_counter() - started < run.effort.churn_s or len(spent) < _MIN_SAMPLES:
             spent += _change_seconds(run, 1)
     lasted = time.perf_counter() - started
     after = _cpu_seconds(run.proxy)
@@ -238,7 +251,7 @@ def _change_seconds(run: Run, n: int) -> list[float]:
     spent: list[float] = []
     ip = stages.cluster_ip(run.stage.probe)
     with run.stage.api() as api:
-        for _ in _within_budget(n, spent):
+        for _ in _within_budget(run.effort, n, spent):
             started = time.perf_counter()
             address = run.stage.move(api, run.stage.probe)
             # The other four endpoints answer four in five attempts, hence the attempts follow
@@ -254,8 +267,8 @@ def _think(last_s: float) -> None:
     time.sleep(max(_THINK_S, last_s))
 
 
-def _within_budget(n: int, spent: list[float]) -> Iterator[int]:
-    deadline = time.monotonic() + _BUDGET_S
+def _within_budget(effort: Effort, n: int, spent: list[float]) -> Iterator[int]:
+    deadline = time.monotonic() + effort.budget_s
     for number in range(n):
         if len(spent) >= _MIN_SAMPLES and time.monotonic() > deadline:
             return

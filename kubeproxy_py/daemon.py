@@ -325,8 +325,12 @@ class Daemon:
                 prepare=_ensure_counters if found.has_nfacct else _nothing,
                 publish_health_checks=publish,
                 clean_conntrack=lambda build: reconciler.request(family, build),
+                report_quarantined=self._report_quarantined,
             ),
             metrics=self._metrics,
+        )
+        self._health.add_readiness(
+            f"quarantine-{family.value}", lambda: _told_quarantined(family, syncer.quarantined)
         )
         pacer = Pacer(
             retry_s=period_s,
@@ -432,6 +436,16 @@ class Daemon:
             message=problem.message,
         )
 
+    def _report_quarantined(self, service: ServiceName, reason: str) -> None:
+        self._recorder.service_event(
+            service.namespace,
+            service.name,
+            event_type="Warning",
+            reason="RulesRefused",
+            action="Sync",
+            note=f"node {self._node_name} cannot program this Service: {reason}"[:_MAX_NOTE],
+        )
+
     def _report_listen_failure(self, service: ServiceName, port: int, error: str) -> None:
         self._recorder.service_event(
             service.namespace,
@@ -492,8 +506,19 @@ class Daemon:
             thread.join(max(0.0, deadline - time.monotonic()))
 
 
+# As many as a person reads in one line.
+_NAMED_SERVICES: Final = 5
+# What the API takes as the note of an Event.
+_MAX_NOTE: Final = 1024
 # What a log line shows of a name that may be megabytes long.
 _MAX_NAME: Final = 253
+
+
+def _told_quarantined(family: IPFamily, names: tuple[ServiceName, ...]) -> str | None:
+    if not names:
+        return None
+    some = ", ".join(map(str, names[:_NAMED_SERVICES]))
+    return f"{family.value}: rules refused for {len(names)} Services: {some}"
 
 
 def _ensure_counters() -> None:

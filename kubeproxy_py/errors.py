@@ -14,6 +14,8 @@ Every error this program raises on purpose.
 A class exists only where a caller treats it differently.
 """
 
+from collections.abc import Sequence
+
 
 class KubeProxyError(Exception):
     """Base of all errors raised on purpose."""
@@ -50,12 +52,18 @@ class BackendMissing(IptablesError):
 class BatchRejected(IptablesError):
     """The kernel or the parser refused our rules. Trying the same batch again is futile."""
 
-    def __init__(self, reason: str, *, batch: str = "", line: int | None = None) -> None:
-        """Keep *batch* (the restore input) and the 1-based *line* complained about, if known."""
+    def __init__(self, reason: str, *, batch: str = "", lines: Sequence[int] = ()) -> None:
+        """Keep *batch* (the restore input) and the 1-based *lines* complained about, if known."""
+        self.reason = reason
         self.batch = batch
-        self.line = line
-        self.excerpt = _excerpt(batch, line) if line else ""
+        self.lines = tuple(lines)
+        self.excerpt = _excerpt(batch, self.lines[0]) if self.lines else ""
         super().__init__(f"cannot restore rules: {reason}")
+
+    def refused(self) -> list[str]:
+        """Return the lines of the input that were complained about."""
+        texts = self.batch.splitlines()
+        return [texts[line - 1] for line in self.lines if 0 < line <= len(texts)]
 
 
 def _excerpt(batch: str, line: int) -> str:

@@ -152,6 +152,11 @@ class Metrics:
             "Watches started again, by what ended the last",
             ("kind", "reason"),
         )
+        self.quarantined_services = gauge(
+            "quarantined_services",
+            "Services that are not programmed as they should be because their rules were refused",
+            _FAMILY,
+        )
         self.conntrack_failures = counter(
             "conntrack_reconciler_failures_total",
             "Reconciliations of conntrack entries that ended with an error",

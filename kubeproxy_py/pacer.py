@@ -73,6 +73,10 @@ class Pacer:
             self._failures = min(self._failures + 1, 30)
         self._not_before = now + pause
 
+    def remind(self, at: float) -> None:
+        """Let a sync be due *at* that time at the latest, though nobody asks."""
+        self._unasked_at = min(self._unasked_at, at)
+
     def due_at(self) -> float:
         """Return when the next sync should start; infinity: when somebody asks."""
         asked_at = float("inf")

@@ -34,6 +34,7 @@ class HealthCheck(msgspec.Struct, frozen=True):
 class _Service(msgspec.Struct, frozen=True):
     """What is kept of a Service: its Fragments, and the numbers that others ask for."""
 
+    state: ServiceState | None
     fragments: dict[PortKey, rules.Fragment]
     endpoints: int
     health_check: HealthCheck | None
@@ -47,7 +48,7 @@ class _Service(msgspec.Struct, frozen=True):
         )
 
 
-_NO_SERVICE: Final = _Service({}, 0, None)
+_NO_SERVICE: Final = _Service(None, {}, 0, None)
 
 
 class Ruleset:
@@ -141,7 +142,7 @@ class Ruleset:
             for key, port in state.ports.items()
         }
         endpoints = sum(len(state.endpoints.get(key, ())) for key in state.ports)
-        return _Service(fragments, endpoints, _health_check(state))
+        return _Service(state, fragments, endpoints, _health_check(state))
 
     def _set(self, chain: ChainId, texts: tuple[str, ...]) -> None:
         chains = self.tables.setdefault(chain.table, {})
@@ -178,6 +179,21 @@ class Ruleset:
         for name in wanted:
             fragments = self._services[name].fragments.values()
             yield tuple(chain for fragment in fragments for chain in fragment.chains)
+
+    def state(self, name: ServiceName) -> ServiceState | None:
+        """Return the state that *name* has rules for; None: it has none."""
+        return self._services.get(name, _NO_SERVICE).state
+
+    def owner(self, chain: str, rule: str) -> ServiceName | None:
+        """Return whose *rule* in *chain* is, or None if it is nobody's in particular.
+
+        Looks through all there is: it is asked for what the kernel refused, which is rare.
+        """
+        for name, service in self._services.items():
+            for fragment in service.fragments.values():
+                if chain in fragment.chains or any(e.rule == rule for e in fragment.entries):
+                    return name
+        return None
 
     @property
     def is_large(self) -> bool:

@@ -8,7 +8,7 @@ an error nothing is assumed about the kernel; it is read again before anything i
 
 import threading
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from typing import Final, Protocol
 
 import msgspec
@@ -16,11 +16,12 @@ import structlog
 
 from kubeproxy_py import conntrack, rules
 from kubeproxy_py.dispatch import ChainId
-from kubeproxy_py.errors import IptablesError, LockTimeout
+from kubeproxy_py.errors import BatchRejected, IptablesError, LockTimeout
 from kubeproxy_py.iptables import chains, plan
 from kubeproxy_py.metrics import Metrics
-from kubeproxy_py.model import IPFamily, ServiceName
+from kubeproxy_py.model import IPFamily, ServiceName, ServiceState
 from kubeproxy_py.pacer import Outcome, Pacer
+from kubeproxy_py.quarantine import Quarantine
 from kubeproxy_py.ruleset import HealthCheck, Ruleset
 from kubeproxy_py.store import Changes, Store
 
@@ -30,6 +31,9 @@ log = structlog.get_logger()
 # endpoints each (2,200 rules) a batch are near the optimum (benchmarks/).
 NFT_BATCH_RULES: Final = 2500
 _TABLES: Final = (rules.FILTER, rules.NAT)
+# How many times one sync may be refused: each names at least one Service, and costs a look at the
+# kernel. What is left is for the next sync.
+_MAX_REFUSALS: Final = 20
 # A flush makes thousands drift; the first few tell what happened.
 _NAMED_CHAINS: Final = 10
 
@@ -60,6 +64,8 @@ class Effects(msgspec.Struct, frozen=True, kw_only=True):
     publish_health_checks: Callable[[dict[ServiceName, HealthCheck]], None]
     #: Called after a successful sync if UDP endpoints changed; must not block.
     clean_conntrack: Callable[[Callable[[], conntrack.Frontends]], None]
+    #: Called with a Service whose rules were refused, and why; must not block.
+    report_quarantined: Callable[[ServiceName, str], None]
 
 
 class SyncResult(msgspec.Struct, frozen=True, kw_only=True):
@@ -101,6 +107,11 @@ class Syncer:
         # What the kernel has; None: unknown.
         self._live: chains.Tables | None = None
         self._echoes = Echoes()
+        self._quarantine = Quarantine()
+        #: Services that are set aside because their rules were refused.
+        self.quarantined: tuple[ServiceName, ...] = ()
+        # What Services had rules for when the last sync succeeded, as far as they changed since.
+        self._before: dict[ServiceName, ServiceState | None] = {}
         self._must_compare_all = False
         # The last sync left the kernel as desired: what differs when it is read, others changed.
         self._is_auditing = False
@@ -112,6 +123,11 @@ class Syncer:
         """Let the next sync read the kernel and repair whatever differs."""
         self._is_auditing = self._is_auditing or self._live is not None
         self._live = None
+
+    @property
+    def retry_at(self) -> float:
+        """Return when a Service that was set aside should be tried again; infinity: never."""
+        return self._quarantine.next_retry_at()
 
     def sync(self) -> SyncResult | None:
         """Run one sync from beginning to end; None before everything was listed.
@@ -127,7 +143,7 @@ class Syncer:
         names = self._update_ruleset(changes)
         is_full = self._live is None
         try:
-            result = self._write(names, started)
+            result = self._write_what_is_accepted(names, started)
         except IptablesError as error:
             if isinstance(error, LockTimeout) and self._live is not None:
                 # Nothing of that batch was done, and what was done before is known. What this sync
@@ -145,30 +161,113 @@ class Syncer:
     def _update_ruleset(self, changes: Changes) -> Collection[ServiceName] | None:
         """Take *changes* in; return the Services whose chains may differ, or None: all."""
         ruleset = self._ruleset
-        names: Collection[ServiceName] | None = changes.services
+        services = self._admitted(changes)
+        for name in services:
+            # What was programmed before, should the kernel refuse what is to come. A sync that
+            # failed programmed nothing, so what stood before it still holds.
+            self._before.setdefault(name, ruleset.state(name))
+        names: Collection[ServiceName] | None = services
         if changes.is_everything:
             names = None
-            self._rebuild(changes)
+            self._rebuild(services, changes.zone)
         else:
-            ruleset.apply(changes.services)
+            ruleset.apply(services)
         if ruleset.is_large != ruleset.options.is_large:
             names = None
             everything = self._store.take(self._family, everything=True)
             assert everything is not None
             self._trigger_times += everything.trigger_times
             self._has_stale_udp = self._has_stale_udp or everything.has_udp
-            self._rebuild(everything)
+            self._rebuild(self._admitted(everything), everything.zone)
         addresses = self._effects.node_port_addresses()
         if addresses is not None:
             ruleset.set_node_port_addresses(addresses)
         return names
 
-    def _rebuild(self, changes: Changes) -> None:
+    def _admitted(self, changes: Changes) -> dict[ServiceName, ServiceState | None]:
+        """Return the Services to build: what changed, and what was set aside and is due again."""
+        services = dict(changes.services)
+        for name, case in list(self._quarantine.cases.items()):
+            if name in services and services[name] == case.state:
+                # Only everything was asked for; it is as it was when it was refused.
+                services[name] = self._ruleset.state(name)
+            elif name in services or changes.is_everything:
+                self._quarantine.release_changed([name])
+        due = self._quarantine.release_due(self._clock())
+        return {**due, **services} if not changes.is_everything else {**services, **due}
+
+    def _rebuild(self, services: Mapping[ServiceName, ServiceState | None], zone: str) -> None:
         options = msgspec.structs.replace(
-            self._ruleset.options, zone=changes.zone, is_large=self._ruleset.is_large
+            self._ruleset.options, zone=zone, is_large=self._ruleset.is_large
         )
-        states = {name: state for name, state in changes.services.items() if state is not None}
+        states = {name: state for name, state in services.items() if state is not None}
         self._ruleset.rebuild(options, states)
+
+    def _write_what_is_accepted(
+        self, names: Collection[ServiceName] | None, started: float
+    ) -> SyncResult:
+        """Write, setting aside Services whose rules are refused, until the rest is accepted."""
+        for _ in range(_MAX_REFUSALS):
+            try:
+                return self._write(names, started)
+            except BatchRejected as error:
+                if not self._set_aside(error):
+                    raise
+                # Tables that stood before the refused one in the input may have been changed.
+                self._live = None
+                self._is_auditing = False
+        return self._write(names, started)
+
+    def _set_aside(self, error: BatchRejected) -> bool:
+        """Set aside the Services that *error* is about; return whether there are any."""
+        accused = {
+            owner for line in error.refused() if (owner := self._owner(line)) is not None
+        } or self._find_refused(error.batch)
+        for name in sorted(accused):
+            refused = self._ruleset.state(name)
+            assert refused is not None  # it has a rule in the batch
+            before = self._before.get(name)
+            self._quarantine.admit(name, refused, error.reason, self._clock())
+            self._ruleset.apply({name: before if before != refused else None})
+            log.error(
+                "service.quarantined",
+                ip_family=self._family.value,
+                namespace=name.namespace,
+                name=name.name,
+                reason=error.reason,
+                excerpt=error.excerpt or None,
+                keeps_old_rules=self._ruleset.state(name) is not None,
+            )
+            self._effects.report_quarantined(name, error.reason)
+        return bool(accused)
+
+    def _owner(self, line: str) -> ServiceName | None:
+        """Return whose rule or chain *line* of a restore input is about."""
+        verb, _, rest = line.partition(" ")
+        chain, _, rule = rest.partition(" ")
+        if verb.startswith(":"):
+            chain, rule = verb[1:], ""
+        return self._ruleset.owner(chain, rule)
+
+    def _find_refused(self, batch: str) -> set[ServiceName]:
+        """Find out whose rules are refused where no line is named: each Service for itself."""
+        declared = {line[1:].split(" ")[0] for line in batch.splitlines() if line[:1] == ":"}
+        refused: set[ServiceName] = set()
+        for group in self._ruleset.groups():
+            if declared.isdisjoint(group):
+                continue
+            # All that a Service's own chains jump to besides each other is the masquerade mark.
+            wanted = self._ruleset.tables[rules.NAT]
+            trial = plan.Section(
+                rules.NAT, {chain: wanted[chain] for chain in (rules.MARK_MASQ, *group)}
+            )
+            try:
+                self._kernel.restore(plan.Batch((trial,)).render())
+            except BatchRejected:
+                owner = self._ruleset.owner(group[0], "")
+                if owner is not None:
+                    refused.add(owner)
+        return refused
 
     def _write(self, names: Collection[ServiceName] | None, started: float) -> SyncResult:
         asked_for = self._ruleset.take_touched()
@@ -248,6 +347,10 @@ class Syncer:
         for triggered in self._trigger_times:
             metrics.network_programming_duration.labels(family).observe(max(0.0, now - triggered))
         self._trigger_times = []
+        self._before.clear()
+        # Replaced as a whole: other threads read it.
+        self.quarantined = tuple(sorted(self._quarantine.cases))
+        metrics.quarantined_services.labels(family).set(len(self.quarantined))
         metrics.sync_last_timestamp.labels(family).set(now)
         for table in _TABLES:
             metrics.iptables_rules_total.labels(table, family).set(ruleset.rule_count(table))
@@ -370,6 +473,7 @@ class SyncLoop:
             ended = self._clock()
             with self._wake:
                 self._pacer.finished(ended, took_s=ended - started, outcome=outcome)
+                self._pacer.remind(self._syncer.retry_at)
 
     def _wait(self) -> bool:
         """Wait until a sync is due; False when stopped."""

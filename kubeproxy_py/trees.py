@@ -31,10 +31,13 @@ class Prefix(NamedTuple):
 class _Node:
     """The rules under one prefix. Only nodes of full length hold rules themselves."""
 
-    __slots__ = ("children", "count", "rules")
+    __slots__ = ("children", "count", "is_settled", "rules", "settled_count")
 
     def __init__(self) -> None:
         self.count = 0
+        #: Chains from here down are right, and were made when there were so many rules.
+        self.is_settled = False
+        self.settled_count = 0
         self.children: dict[int, _Node] = {}
         self.rules: dict[Any, tuple[str, ...]] = {}
 
@@ -46,6 +49,9 @@ class _Node:
 class Tree:
     """Rules by key, as chains.
 
+    They are made when they are asked for: thousands of rules that come together are sorted in one by
+    one, but make each chain once.
+
     Args:
         bits: length of the keys, a multiple of four.
         jump: the rule that sends what matches a prefix to the chain for it.
@@ -55,9 +61,8 @@ class Tree:
         self._bits = bits
         self._jump = jump
         self._root = _Node()
-        #: The chains there are below the root.
-        self.chains: dict[Prefix, tuple[str, ...]] = {}
-        #: Those that changed since ``take_changed``, with what they were.
+        self._chains: dict[Prefix, tuple[str, ...]] = {}
+        #: Those that changed since ``take_changed``.
         self._changed: set[Prefix] = set()
 
     @property
@@ -65,11 +70,20 @@ class Tree:
         """Return how many rules there are."""
         return self._root.count
 
+    @property
+    def chains(self) -> dict[Prefix, tuple[str, ...]]:
+        """Return the chains there are below the root."""
+        self._settle()
+        return self._chains
+
     def replace(self, key: int, owner: Hashable, rules: tuple[str, ...]) -> None:
         """Let *rules* be what *owner* has under *key*; none: nothing. Owners must be sortable."""
         path = [self._root]
         for shift in range(self._bits - _STRIDE, -1, -_STRIDE):
-            path.append(path[-1].children.setdefault(_digit(key, shift), _Node()))
+            children, digit = path[-1].children, _digit(key, shift)
+            if digit not in children:
+                children[digit] = _Node()
+            path.append(children[digit])
         leaf = path[-1]
         difference = len(rules) - len(leaf.rules.get(owner, ()))
         if rules:
@@ -78,12 +92,12 @@ class Tree:
             leaf.rules.pop(owner, None)
         for node in path:
             node.count += difference
+            node.is_settled = False
         while len(path) > 1 and not path[-1].count:
             depth = len(path) - 1
             self._set(self._prefix(key, depth * _STRIDE), None)
             del path[-2].children[_digit(key, self._bits - depth * _STRIDE)]
             path.pop()
-        self._refresh(key, path, difference)
 
     def root_rules(self) -> tuple[str, ...]:
         """Return what stands in the root: a jump for every branch."""
@@ -91,42 +105,49 @@ class Tree:
 
     def take_changed(self) -> dict[Prefix, tuple[str, ...] | None]:
         """Return the chains that changed since this was last called; None: it is gone."""
-        changed = {prefix: self.chains.get(prefix) for prefix in sorted(self._changed)}
+        self._settle()
+        changed = {prefix: self._chains.get(prefix) for prefix in sorted(self._changed)}
         self._changed.clear()
         return changed
 
-    def _refresh(self, key: int, path: list[_Node], difference: int) -> None:
-        """Make the chains along *path* anew, whose counts have changed by *difference*.
+    def _settle(self) -> None:
+        """Make the chains anew on all ways to what has changed.
 
         No chain besides can have changed, except below a node that was or is not split.
         """
-        above = path[0].count + _MAX_RULES + 1  # the root is always split
-        for depth, node in enumerate(path[1:], start=1):
-            prefix = self._prefix(key, depth * _STRIDE)
-            if min(node.count, node.count - difference) <= _MAX_RULES:
-                self._refresh_below(node, prefix, above)
-                return
-            if node.is_branching:
-                self._set(prefix, self._content(node, prefix))
-                above = node.count
-            else:
-                self._set(prefix, None)
+        pending = [(self._root, Prefix(0, 0))]
+        while pending:
+            node, prefix = pending.pop()
+            if node.is_settled:
+                continue
+            # The root is always split, and so is whatever is above a node that comes here.
+            if prefix.length and min(node.count, node.settled_count) <= _MAX_RULES:
+                self._settle_below(node, prefix, is_above_split=True)
+                continue
+            node.is_settled, node.settled_count = True, node.count
+            if prefix.length:
+                self._set(prefix, self._content(node, prefix) if node.is_branching else None)
+            pending += [
+                (child, self._extend(prefix, digit)) for digit, child in node.children.items()
+            ]
 
-    def _refresh_below(self, node: _Node, prefix: Prefix, above: int) -> None:
-        is_chain = node.is_branching and node.count > 1 and above > _MAX_RULES
+    def _settle_below(self, node: _Node, prefix: Prefix, *, is_above_split: bool) -> None:
+        """Make all chains for *prefix* and longer ones anew."""
+        node.is_settled, node.settled_count = True, node.count
+        is_chain = node.is_branching and node.count > 1 and is_above_split
         self._set(prefix, self._content(node, prefix) if is_chain else None)
         if node.is_branching:
-            above = node.count
+            is_above_split = node.count > _MAX_RULES
         for digit, child in node.children.items():
-            self._refresh_below(child, self._extend(prefix, digit), above)
+            self._settle_below(child, self._extend(prefix, digit), is_above_split=is_above_split)
 
     def _set(self, prefix: Prefix, rules: tuple[str, ...] | None) -> None:
-        if self.chains.get(prefix) == rules:
+        if self._chains.get(prefix) == rules:
             return
         if rules is None:
-            del self.chains[prefix]
+            del self._chains[prefix]
         else:
-            self.chains[prefix] = rules
+            self._chains[prefix] = rules
         self._changed.add(prefix)
 
     def _content(self, node: _Node, prefix: Prefix) -> tuple[str, ...]:

@@ -252,6 +252,7 @@ def _error(argv: list[str], status: int, said: str, batch: str = "") -> Iptables
     if any(text in said for text in _HOPELESS):
         return IptablesError(f"cannot use {argv[0]}: {reason}")
     if batch:
-        found = _LINE.search(said)
-        return BatchRejected(reason, batch=batch, line=int(found.group(1)) if found else None)
+        # iptables-nft-restore names every line that the kernel refused.
+        lines = dict.fromkeys(int(number) for number in _LINE.findall(said))
+        return BatchRejected(reason, batch=batch, lines=tuple(lines))
     return IptablesError(f"cannot run {argv[0]}: {reason}")

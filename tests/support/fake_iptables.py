@@ -65,6 +65,10 @@ class FakeIptables:
         self.saves = 0
         #: Called with every restore input before it is looked at.
         self.before_restore: Callable[[str], None] | None = None
+        #: Tells which lines the kernel refuses for reasons of its own.
+        self.refuses: Callable[[str], bool] = lambda line: False
+        #: Whether a refusal names the line.
+        self.names_lines = True
         self._save_failures: deque[IptablesError] = deque()
         self._restore_failures: deque[tuple[IptablesError, int]] = deque()
 
@@ -94,6 +98,8 @@ class FakeIptables:
             if failure is not None and failure[1] == committed:
                 raise failure[0]
             try:
+                if self.refuses(line):
+                    raise _RefusedError("refused")  # noqa: TRY301 - one place names the line
                 if line.startswith("*"):
                     open_table = line[1:], self._open(line[1:])
                 elif open_table is None:
@@ -105,7 +111,8 @@ class FakeIptables:
                 else:
                     _execute(line, *open_table)
             except _RefusedError as error:
-                raise BatchRejected(f"line {number}: {error}", batch=text, line=number) from error
+                lines = (number,) if self.names_lines else ()
+                raise BatchRejected(f"line {number}: {error}", batch=text, lines=lines) from error
         if failure is not None:
             raise failure[0]
         if open_table is not None:

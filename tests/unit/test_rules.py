@@ -1,6 +1,8 @@
 """The rules of one ServicePort, written out."""
 
+import math
 import re
+from fractions import Fraction
 
 import pytest
 
@@ -607,3 +609,154 @@ LAST = (
 )  # fmt: skip
 def test_node_port_jumps(changes, wanted):
     assert list(rules.node_port_jumps(options(**changes))) == wanted
+
+
+# Many endpoints ----------------------------------------------------------------------------------
+
+
+def many(count, **fields):
+    return [Endpoint(f"10.180.{n // 250}.{n % 250 + 1}", 80, **fields) for n in range(count)]
+
+
+def build_tree(service_port, endpoints, **changes):
+    return build(service_port, *endpoints, **{"local_detector": None, "layout": "tree"} | changes)
+
+
+def shares(chains, chain, share=Fraction(1)):
+    """Return the share of the connections to *chain* that each endpoint's chain gets."""
+    found = {}
+    for text in chains[chain]:
+        if " --rcheck " in text:
+            continue
+        chance = re.search(r"--probability (\S+)", text)
+        taken = share * (Fraction(round(float(chance[1]) * 2**31), 2**31) if chance else 1)
+        to = text.rpartition(" -j ")[2]
+        found |= {to: taken} if to.startswith("KUBE-SEP-") else shares(chains, to, taken)
+        share -= taken
+    return found
+
+
+def groups(chains):
+    return {name for name in chains if re.fullmatch(r"KUBE-SV[CL]-[A-Z2-7]{16}-[0-9a-f]{2}", name)}
+
+
+@pytest.mark.parametrize("layout", ["auto", "tree"])
+def test_up_to_32_endpoints_stand_in_one_chain(layout):
+    fragment = build_tree(port(), many(32), layout=layout)
+
+    assert groups(fragment.chains) == set()
+    assert fragment == build_tree(port(), many(32), layout="flat")
+    assert groups(build_tree(port(), many(33), layout=layout).chains) != set()
+
+
+def test_flat_has_no_groups_whatever_the_number_of_endpoints():
+    fragment = build_tree(port(), many(300), layout="flat")
+
+    assert groups(fragment.chains) == set()
+    assert len(fragment.chains[SVC]) == 300
+
+
+# Some of all sizes, among them those at which the number of groups changes.
+@pytest.mark.parametrize(
+    "count", [33, 48, 49, 50, 63, 64, 65, 100, 255, 256, 257, 777, 1000, 1023, 1024, 1025, 2000]
+)
+def test_every_endpoint_of_many_gets_its_share_as_near_as_31_bits_allow(count):
+    fragment = build_tree(port(), many(count))
+    found = shares(fragment.chains, SVC)
+
+    assert len(found) == count
+    assert sum(found.values()) == 1
+    assert max(abs(share - Fraction(1, count)) for share in found.values()) < Fraction(1, 2**30)
+
+
+@pytest.mark.parametrize("count", [33, 100, 257, 1000, 2000])
+def test_a_connection_passes_about_twice_the_square_root_of_the_endpoints(count):
+    fragment = build_tree(port(), many(count))
+    longest = max(len(fragment.chains[name]) for name in groups(fragment.chains))
+
+    assert len(fragment.chains[SVC]) <= 2 * math.sqrt(count) + 1
+    assert longest <= 2 * math.sqrt(count) + 5
+    # All at once, because probability is for the mean and this is the worst.
+    assert len(fragment.chains[SVC]) + longest < 4 * math.sqrt(count)
+
+
+def test_names_of_groups_fit_and_are_a_services_own():
+    fragment = build_tree(port(is_internal_local=True, node_port=30080), many(5000, is_local=True))
+
+    assert len(groups(fragment.chains)) == 256
+    assert max(map(len, fragment.chains)) == 28
+    assert all(name.startswith(rules.PORT_CHAIN_PREFIXES) for name in fragment.chains)
+
+
+def test_every_group_is_jumped_to_once_and_no_group_is_empty():
+    chains = build_tree(port(), many(500)).chains
+    targets = [text.rpartition(" -j ")[2] for text in chains[SVC]]
+
+    assert sorted(targets) == sorted(groups(chains))
+    assert all(chains[name] for name in groups(chains))
+
+
+def changed_chains(before, after):
+    return {name for name in {*before, *after} if before.get(name) != after.get(name)}
+
+
+@pytest.mark.parametrize("count", [40, 100, 500, 1500])
+def test_one_endpoint_more_changes_one_group_and_the_chain_above(count):
+    before = build_tree(port(), many(count)).chains
+    after = build_tree(port(), many(count + 1)).chains
+    changed = changed_chains(before, after)
+
+    assert len([name for name in changed if name.startswith("KUBE-SEP-")]) == 1
+    assert SVC in changed
+    assert len(changed & groups(after)) == 1
+    assert len(changed) == 3
+
+
+def test_one_endpoint_instead_of_another_changes_two_groups_at_most():
+    before = build_tree(port(), many(100)).chains
+    after = build_tree(port(), [*many(99), Endpoint("10.180.9.9", 80)]).chains
+
+    assert len(changed_chains(before, after) & (groups(before) | groups(after))) <= 2
+
+
+def test_affinity_of_many_endpoints_comes_first_and_is_rule_for_rule_that_of_few():
+    flat = build_tree(port(affinity_timeout_s=60), many(100), layout="flat").chains
+    tree = build_tree(port(affinity_timeout_s=60), many(100)).chains
+    remembered = flat[SVC][:100]
+
+    assert all(" --rcheck " in text for text in remembered)
+    assert tree[SVC][:100] == remembered
+    assert not any(" --rcheck " in text for text in tree[SVC][100:])
+    assert not any(" recent " in text for name in groups(tree) for text in tree[name])
+    assert {name: flat[name] for name in flat if name != SVC} == {
+        name: tree[name] for name in tree if name != SVC and name not in groups(tree)
+    }
+
+
+def test_local_policy_chain_has_groups_of_its_own():
+    endpoints = [*many(100)[:60], *(Endpoint(ep.ip, 80, is_local=True) for ep in many(100)[60:])]
+    chains = build_tree(port(is_external_local=True, node_port=30080), endpoints).chains
+
+    assert {name[:8] for name in groups(chains)} == {"KUBE-SVC", "KUBE-SVL"}
+    assert len(shares(chains, SVC)) == 100
+    assert shares(chains, SVL).keys() == {
+        text.rpartition(" -j ")[2]
+        for name in groups(chains) if name.startswith(SVL) for text in chains[name]
+    }  # fmt: skip
+    assert len(shares(chains, SVL)) == 40
+
+
+def test_masquerading_stands_before_the_choice_of_a_group():
+    chain = build_tree(
+        port(), many(100), local_detector=LocalDetector("-s", "10.180.0.0/16")
+    ).chains[SVC]
+
+    assert chain[0].endswith("-j KUBE-MARK-MASQ")
+    assert all(SVC in text for text in chain[1:])
+
+
+def test_a_large_cluster_leaves_comments_out_of_groups_as_well():
+    chains = build_tree(port(), many(100), is_large=True).chains
+
+    assert not any("comment" in text for name in groups(chains) for text in chains[name])
+    assert not any("comment" in text for text in chains[SVC])

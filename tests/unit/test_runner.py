@@ -276,7 +276,7 @@ def test_rejected_line_is_found_and_shown(iptables, programs, complains):
 
     with pytest.raises(BatchRejected) as caught:
         iptables.restore(BATCH)
-    assert caught.value.line == 3
+    assert caught.value.lines == (3,)
     assert "3: -A A -j B" in caught.value.excerpt
 
 
@@ -285,7 +285,7 @@ def test_exit_status_stands_in_for_a_message(iptables, programs):
 
     with pytest.raises(BatchRejected, match="exit status 7") as caught:
         iptables.restore(BATCH)
-    assert (caught.value.line, caught.value.excerpt) == (None, "")
+    assert (caught.value.lines, caught.value.excerpt) == ((), "")
 
 
 def test_program_that_vanished_is_an_error_and_not_a_crash(iptables, programs):

@@ -12,103 +12,16 @@ from kubeproxy_py import conntrack, rules
 from kubeproxy_py.errors import BatchRejected, IptablesError, LockTimeout
 from kubeproxy_py.iptables import chains
 from kubeproxy_py.metrics import Metrics
-from kubeproxy_py.model import IPFamily, ServiceName
+from kubeproxy_py.model import ServiceName
 from kubeproxy_py.pacer import Pacer
-from kubeproxy_py.ruleset import HealthCheck, Ruleset
-from kubeproxy_py.store import Store
-from kubeproxy_py.sync import Effects, Syncer, SyncLoop
+from kubeproxy_py.ruleset import HealthCheck
+from kubeproxy_py.sync import SyncLoop
 from tests.support import fake_iptables, states
 from tests.support.builders import make_node, make_port, make_service, make_slice
 from tests.support.fake_iptables import FakeIptables
+from tests.support.world import V4, World, desired, own
 
-V4 = IPFamily.V4
-OPTIONS = states.golden_options(V4)
 UDP = [make_port(53, protocol="UDP")]
-
-
-class World:
-    """A Syncer with all that is around it, and what it did to that."""
-
-    def __init__(self, metrics, kernel=None, *, max_batch_rules=None):
-        self.metrics = metrics
-        self.kernel = kernel or FakeIptables()
-        self.prepared = 0
-        self.health_checks = []
-        self.frontends = []
-        self.node_port_addresses = None
-        self.nudged = 0
-        self.store = Store(
-            node_name="node1",
-            families=[V4],
-            metrics=metrics,
-            report=lambda problem: None,
-            changed=self._nudge,
-            node_changed=lambda node: None,
-            clock=lambda: 0.0,
-        )
-        self.ruleset = Ruleset(OPTIONS)
-        self.syncer = Syncer(
-            V4,
-            store=self.store,
-            ruleset=self.ruleset,
-            kernel=self.kernel,
-            max_batch_rules=max_batch_rules,
-            effects=Effects(
-                node_port_addresses=lambda: self.node_port_addresses,
-                prepare=self._prepare,
-                publish_health_checks=self.health_checks.append,
-                clean_conntrack=lambda build: self.frontends.append(build()),
-            ),
-            metrics=metrics,
-            clock=lambda: 0.0,
-            wall_clock=lambda: 100.0,
-        )
-
-    def _nudge(self, family):
-        self.nudged += 1
-
-    def _prepare(self):
-        self.prepared += 1
-
-    def put(self, *items):
-        for item in items:
-            self.store.upsert(item["kind"], states.decode(item))
-
-    def listed(self, *items):
-        """List all objects there are, which takes every kind."""
-        for kind in ("Node", "Service", "EndpointSlice"):
-            self.store.replace(kind, [states.decode(i) for i in items if i["kind"] == kind])
-
-    def sync(self):
-        return self.syncer.sync()
-
-    def fail(self, error, **options):
-        """Sync once, with the kernel failing."""
-        self.kernel.fail_restore(error, **options)
-        with pytest.raises(type(error)):
-            self.sync()
-
-    def value(self, name, **labels):
-        return self.metrics.registry.get_sample_value(
-            f"kubeproxy_{name}", {"ip_family": "IPv4", **labels}
-        )
-
-    def own(self):
-        return own(self.kernel.tables)
-
-
-def own(tables):
-    return {
-        table: {chain: texts for chain, texts in by_name.items() if chains.is_ours(table, chain)}
-        for table, by_name in tables.items()
-    }
-
-
-def desired(*items):
-    """Return the chains that *items* need, built from nothing."""
-    ruleset = Ruleset(OPTIONS)
-    ruleset.apply(states.service_states(items, V4))
-    return own(ruleset.tables)
 
 
 def triggered(item):

@@ -1,0 +1,166 @@
+"""One refused rule: its Service is set aside, and all others are programmed."""
+
+import pytest
+from structlog.testing import capture_logs
+
+from kubeproxy_py.errors import BatchRejected
+from kubeproxy_py.model import ServiceName
+from kubeproxy_py.quarantine import Quarantine
+from tests.support.builders import make_node, make_service, make_slice
+from tests.support.world import World, desired
+
+BAD = ServiceName("default", "bad")
+
+
+def good(number):
+    name = f"good{number}"
+    return make_service(name, cluster_ip=f"172.30.1.{number}"), make_slice(name)
+
+
+GOOD = [item for number in range(1, 6) for item in good(number)]
+
+
+def bad(*endpoints):
+    return make_slice("bad", endpoints=[*endpoints, "10.180.66.6"])
+
+
+BAD_SERVICE = make_service("bad", cluster_ip="172.30.1.66")
+
+
+@pytest.fixture(params=[True, False], ids=["line named", "line not named"])
+def world(metrics, request):
+    """Give a world whose kernel refuses to send anything to 10.180.66.6."""
+    world = World(metrics)
+    world.kernel.names_lines = request.param
+    world.kernel.refuses = lambda line: "--to-destination 10.180.66.6" in line
+    return world
+
+
+def test_all_others_are_programmed_in_the_same_sync(world):
+    world.listed(make_node(), *GOOD, BAD_SERVICE, bad())
+    world.sync()
+
+    assert world.own() == desired(*GOOD)
+    assert world.syncer.quarantined == (BAD,)
+
+
+def test_it_is_named_counted_and_reported(world):
+    world.listed(make_node(), BAD_SERVICE, bad())
+    with capture_logs() as logs:
+        world.sync()
+
+    (log,) = [log for log in logs if log["event"] == "service.quarantined"]
+    assert (log["namespace"], log["name"]) == ("default", "bad")
+    assert [name for name, _ in world.quarantined] == [BAD]
+    assert world.value("quarantined_services") == 1
+
+
+def test_rules_it_had_before_stay(world):
+    before = make_slice("bad", endpoints=["10.180.1.11"])
+    world.listed(make_node(), *GOOD, BAD_SERVICE, before)
+    world.sync()
+    world.put(bad("10.180.1.12"))
+    world.sync()
+
+    assert world.own() == desired(*GOOD, BAD_SERVICE, before)
+
+
+def test_rules_it_had_before_stay_though_a_sync_failed_in_between(world):
+    before = make_slice("bad", endpoints=["10.180.1.11"])
+    world.listed(make_node(), *GOOD, BAD_SERVICE, before)
+    world.sync()
+    world.put(bad())
+    world.fail(BatchRejected("odd"))
+    world.sync()
+
+    assert world.own() == desired(*GOOD, BAD_SERVICE, before)
+
+
+def test_others_change_while_it_is_set_aside(world):
+    world.listed(make_node(), *GOOD, BAD_SERVICE, bad())
+    world.sync()
+    more = good(7)
+    world.put(*more)
+    world.sync()
+
+    assert world.own() == desired(*GOOD, *more)
+    assert len(world.quarantined) == 1
+
+
+def test_it_comes_back_when_it_changes(world):
+    world.listed(make_node(), *GOOD, BAD_SERVICE, bad())
+    world.sync()
+    mended = make_slice("bad", endpoints=["10.180.1.11"])
+    world.put(mended)
+    world.sync()
+
+    assert world.own() == desired(*GOOD, BAD_SERVICE, mended)
+    assert world.syncer.quarantined == ()
+    assert world.value("quarantined_services") == 0
+
+
+def test_it_goes_when_it_is_deleted(world):
+    world.listed(make_node(), *GOOD, BAD_SERVICE, bad())
+    world.sync()
+    world.store.delete("Service", "default", "bad")
+    world.sync()
+
+    assert world.syncer.quarantined == ()
+    assert world.own() == desired(*GOOD)
+
+
+def test_it_is_tried_again_when_its_time_has_come(world):
+    world.listed(make_node(), *GOOD, BAD_SERVICE, bad())
+    world.sync()
+    world.kernel.refuses = lambda line: False
+    world.sync()
+    assert world.own() == desired(*GOOD)
+
+    world.now = world.syncer.retry_at
+    world.sync()
+    assert world.own() == desired(*GOOD, BAD_SERVICE, bad())
+    assert world.syncer.quarantined == ()
+
+
+def test_a_change_of_zone_does_not_bring_it_back(world):
+    world.listed(make_node(), *GOOD, BAD_SERVICE, bad())
+    world.sync()
+    world.put(make_node(labels={"topology.kubernetes.io/zone": "zone-b"}))
+    world.sync()
+
+    assert len(world.quarantined) == 1
+    assert world.own() == desired(*GOOD)
+
+
+def test_several_are_set_aside_in_one_sync(world):
+    others = [make_slice(f"good{number}", endpoints=["10.180.66.6"]) for number in (1, 3)]
+    world.listed(make_node(), *GOOD)
+    world.sync()
+    world.put(*others, BAD_SERVICE, bad())
+    world.sync()
+
+    assert len(world.syncer.quarantined) == 3
+    assert world.own() == desired(*GOOD)
+
+
+def test_a_rule_of_nobody_in_particular_is_no_reason_to_set_anybody_aside(world):
+    world.kernel.refuses = lambda line: line.startswith("-A KUBE-FORWARD")
+    world.listed(make_node(), *GOOD)
+
+    with pytest.raises(BatchRejected):
+        world.sync()
+    assert world.syncer.quarantined == ()
+
+
+def test_waits_grow_up_to_a_limit_and_begin_anew_after_a_change():
+    quarantine = Quarantine()
+    waits = []
+    for _ in range(8):
+        quarantine.admit(BAD, None, "refused", 0.0)
+        waits.append(quarantine.next_retry_at())
+        quarantine.release_due(1e9)
+    quarantine.release_changed([BAD])
+    quarantine.admit(BAD, None, "refused", 0.0)
+
+    assert waits == [30, 60, 120, 240, 480, 900, 900, 900]
+    assert quarantine.next_retry_at() == 30
