@@ -16,7 +16,7 @@ from kubeproxy_py.dispatch import tree_depth
 from kubeproxy_py.iptables import chains, plan
 from kubeproxy_py.model import IPFamily
 from kubeproxy_py.ruleset import Ruleset
-from tests.support import crowds, fake_iptables, lookups, states
+from tests.support import crowds, fake_iptables, kube_proxy, lookups, states
 from tests.support.fake_iptables import FakeIptables
 
 # Each example plans the change of a hundred Services and looks at hundreds of states in between.
@@ -264,29 +264,6 @@ def test_a_change_that_stops_halfway_is_taken_up_from_there(change, later, layou
 
 # To and from others ------------------------------------------------------------------------------
 
-#: The chains of its nat that kube-proxy takes for a Service's, and deletes if it knows no such one.
-KUBE_PROXY_PREFIXES = ("KUBE-SVC-", "KUBE-SVL-", "KUBE-SEP-", "KUBE-FW-", "KUBE-EXT-")
-
-
-def kube_proxy_sync(flat, live):
-    """Return what kube-proxy restores in its first sync: everything, and stale chains go in nat."""
-    lines = []
-    for table in ("filter", "nat"):
-        stale = sorted(
-            name
-            for name in live[table]
-            if table == "nat"
-            and name.startswith(KUBE_PROXY_PREFIXES)
-            and name not in flat.tables["nat"]
-        )
-        wanted = {name: texts for name, texts in flat.tables[table].items() if "CANARY" not in name}
-        lines.append(f"*{table}")
-        lines += [f":{name} - [0:0]" for name in (*wanted, *stale)]
-        lines += [f"-A {name} {text}" for name, texts in wanted.items() for text in texts]
-        lines += [f"-X {name}" for name in stale]
-        lines.append("COMMIT")
-    return "".join(f"{line}\n" for line in lines)
-
 
 @FEW
 @given(crowds.changed_crowds())
@@ -294,7 +271,7 @@ def test_kube_proxy_takes_over_in_one_restore_and_leaves_nothing_that_is_reached
     before, after = change
     kernel = kernel_with(ruleset_of(before, "tree"))
     flat = ruleset_of(after, "flat")
-    kernel.restore(kube_proxy_sync(flat, kernel.save()))
+    kernel.restore(kube_proxy.first_sync(flat.tables, kernel.save()))
 
     assert own(kernel.tables)["nat"] == own(flat.tables)["nat"]
     # In filter it does not know the chains of a tree: they stay, and nothing leads there any more.
@@ -313,7 +290,8 @@ def test_kube_proxy_takes_over_in_one_restore_and_leaves_nothing_that_is_reached
 def test_what_kube_proxy_left_of_a_tree_goes_when_we_come_back(change, layout, max_rules):
     before, after = change
     kernel = kernel_with(ruleset_of(before, "tree"))
-    kernel.restore(kube_proxy_sync(ruleset_of(before, "flat"), kernel.save()))
+    flat = ruleset_of(before, "flat")
+    kernel.restore(kube_proxy.first_sync(flat.tables, kernel.save()))
     ruleset = ruleset_of(after, layout)
     for batch in planned(ruleset, kernel.save(), max_rules=max_rules):
         kernel.restore(batch.render())

@@ -183,7 +183,7 @@ def test_rules_passed_grow_as_the_logarithm_of_services():
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("services", SIZES)
-def test_a_tree_costs_a_third_of_a_chain_and_less_than_half_a_rule_for_each_entry(services, family):
+def test_a_tree_costs_less_than_half_a_rule_and_half_a_chain_for_each_entry(services, family):
     ruleset, _ = cluster(services, family)
     flat, _ = cluster(services, family, "flat")
     trees = [name for name in ruleset.tables[NAT] if tree_depth(name) is not None]
