@@ -36,6 +36,13 @@ test-packet: install ## packet tests only: real kernel, own namespaces
 coverage: install ## branch coverage of the pure modules, which must be complete
 	$(BIN)/python -m pytest tests/unit -q --cov --cov-report=term-missing:skip-covered
 
+BENCH := $(if $(SIZES),--sizes $(SIZES)) $(if $(BACKENDS),--backends $(BACKENDS)) $(if $(LAYOUTS),--layouts $(LAYOUTS))
+BENCH += $(if $(ONLY),--only $(ONLY)) $(if $(DOCS),--docs $(DOCS))
+
+.PHONY: bench
+bench: install ## measure all sizes, both backends and layouts (SIZES=100,1000 ONLY=sync,change; DOCS=docs renews tables)
+	$(SUDO) $(BIN)/python -m benchmarks --json build/bench.json $(BENCH)
+
 .PHONY: check
 check: install ## ruff, mypy --strict, import contracts
 	$(BIN)/ruff check .
@@ -57,7 +64,7 @@ $(VENV)/.installed: pyproject.toml
 	  $(SUDO) env DEBIAN_FRONTEND=noninteractive apt-get install -qq --no-install-recommends $(APT) >/dev/null; \
 	fi
 	@$(PYTHON) -c 'import sys; sys.exit("cannot go on: Python 3.11 or newer is needed (set PYTHON=)" if sys.version_info < (3, 11) else 0)'
-	$(PYTHON) -m venv $(VENV)
+	$(PYTHON) -m venv --clear $(VENV)
 	$(BIN)/pip install --quiet --upgrade 'pip>=25.1'
 	$(BIN)/pip install --quiet --editable . --group dev
 	@touch $@

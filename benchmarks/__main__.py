@@ -98,10 +98,9 @@ def _measure_cell(
         say(f"{where}: sync {cell.samples['sync'][-1]:.2f} s")
         figures.wait_idle(run.proxy)
         for name, figure in figures.FIGURES.items():
-            if name not in only or (name == "bare" and cell.backend != "legacy"):
-                continue
-            cell.add(figure(run))
-            say(f"{where}: {name}")
+            if name in only:
+                cell.add(figure(run))
+                say(f"{where}: {name}")
     stage.lab.reset_rules()
 
 

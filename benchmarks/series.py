@@ -40,7 +40,7 @@ ROWS: Final = (
     Row("bare iptables-legacy-restore of the same rules", "bare_all", median, "s"),
     Row("one endpoint changed, p50", "change", median, "ms", _MS),
     Row("one endpoint changed, p99", "change", p99, "ms", _MS),
-    Row("bare smallest iptables-legacy-restore, p50", "bare_small", median, "ms", _MS),
+    Row("bare smallest restore, p50", "bare_small", median, "ms", _MS),
     Row("daemon's own CPU per change", "change_cpu", median, "ms", _MS),
     Row("Service and slice created, p50", "create", median, "ms", _MS),
     Row("Service and slice created, p99", "create", p99, "ms", _MS),

@@ -33,8 +33,15 @@ def removal(live: chains.Tables) -> plan.Batch:
     sections = []
     for table in (rules.NAT, rules.FILTER, rules.MANGLE):
         there = live.get(table, {})
-        # Our own jumps from built-in chains go in the same section.
-        ours = {jump.rule for jump in rules.JUMPS if jump.table == table}
+        # Our own jumps from built-in chains go in the same section, spelled as they read now.
+        jumps = [
+            rules.Jump(table, jump.builtin, text)
+            for jump in rules.JUMPS
+            if jump.table == table
+            for text in there.get(jump.builtin, ())
+            if plan.is_jump(text, jump)
+        ]
+        ours = {jump.rule for jump in jumps}
         others = {
             name: tuple(text for text in texts if text not in ours) for name, texts in there.items()
         }
@@ -42,13 +49,7 @@ def removal(live: chains.Tables) -> plan.Batch:
         mine = sorted(name for name in there if chains.is_ours(table, name))
         section = plan.Section(
             table,
-            remove=tuple(
-                jump
-                for jump in rules.JUMPS
-                if jump.table == table and not jump.rule.endswith(f"-j {rules.FIREWALL}")
-                for rule in there.get(jump.builtin, ())
-                if rule == jump.rule
-            ),
+            remove=tuple(jump for jump in jumps if not jump.rule.endswith(f"-j {rules.FIREWALL}")),
             write={name: () for name in mine if name in held and there[name]},
             delete=tuple(name for name in mine if name not in held),
         )

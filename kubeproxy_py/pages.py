@@ -114,6 +114,9 @@ def register_process_metrics(
         enabled.labels(name, stage).set((gates or {}).get(name, default))
 
 
+_WHOLE_LIMIT: Final = re.compile(rb'le="(\d+)\.0"')
+
+
 class MetricsPages:
     """The pages. Methods of requests are not looked at, except where a page has several."""
 
@@ -167,7 +170,10 @@ class MetricsPages:
 
     def _exposition(self, registry: CollectorRegistry) -> Response:
         headers = (_METRICS, (_START_TIME, str(int(self._started_at))))
-        return Response(200, prometheus_client.generate_latest(registry), headers)
+        text = prometheus_client.generate_latest(registry)
+        # Go prints whole bucket limits without a fraction. Summing by `le` over nodes with this proxy
+        # and nodes with kube-proxy would otherwise count such buckets apart.
+        return Response(200, _WHOLE_LIMIT.sub(rb'le="\1"', text), headers)
 
     def _show_slis(self, request: Request) -> Response:
         if request.method == "DELETE":

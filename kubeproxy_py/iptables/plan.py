@@ -157,7 +157,7 @@ class _Planner:
             jump
             for jump in rules.JUMPS
             if jump.table == table
-            and not any(_is_jump(text, jump) for text in live.get(jump.builtin, ()))
+            and not any(is_jump(text, jump) for text in live.get(jump.builtin, ()))
         )
 
     def mangle(self) -> Iterator[Section]:
@@ -238,7 +238,7 @@ def held_by_others(live: Tables, table: str) -> frozenset[str]:
     )
 
 
-def _is_jump(text: str, jump: rules.Jump) -> bool:
+def is_jump(text: str, jump: rules.Jump) -> bool:
     """Tell whether *text* is our *jump*, also as another version of iptables may print it.
 
     Taking it for somebody else's would insert another one at every look.

@@ -72,7 +72,11 @@ def find_programs(family: IPFamily, backend: Backend) -> Programs:
         restore = shutil.which(f"{names[0]}-restore", path=search_path())
         if not (program and save and restore):
             continue
-        said = _run([program, "--version"]).stdout
+        try:
+            said = _run([program, "--version"]).stdout
+        except IptablesError as error:
+            log.info("iptables.program_unusable", program=program, error=str(error))
+            continue
         found = _VERSION.search(said)
         # Plain `iptables` is one of the two; before 1.8 there was only legacy, and it did not say.
         is_nft = "nf_tables" in said
