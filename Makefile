@@ -7,8 +7,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
-# What the daemon, the demo and the tests run; python-iptables is compiled when it is installed.
-APT := python3-venv python3-dev gcc libc6-dev iptables iproute2 nftables conntrack openssl ca-certificates
+# What the daemon, the demo and the tests run (nfacct: only tests); python-iptables is compiled here.
+APT := python3-venv python3-dev gcc libc6-dev iptables iproute2 nftables conntrack nfacct openssl ca-certificates
 PYTEST := $(SUDO) $(BIN)/python -m pytest
 TYPED := kubeproxy_py tests/support deploy/demo/demo.py tests/packet/conftest.py
 
