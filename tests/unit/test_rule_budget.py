@@ -109,9 +109,13 @@ def service_state(number, cluster_ip, endpoints=1, **fields):
     }
 
 
-@functools.cache
 def cluster(services, family=IPFamily.V4, layout="auto"):
     """Return a ruleset with so many Services, and their cluster IPs. Nobody may change it."""
+    return _cluster(services, family, layout)
+
+
+@functools.cache  # by position: with defaults and names, one cluster would have several keys
+def _cluster(services, family, layout):
     options = msgspec.structs.replace(states.golden_options(family), layout=layout)
     ruleset = Ruleset(options)
     ips = cluster_ips(services, family)
@@ -181,8 +185,9 @@ def test_rules_passed_grow_as_the_logarithm_of_services():
     assert passed(flat, [Packet(ip, 80) for ip in ips])[1] == pytest.approx(500, abs=1)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("services", SIZES)
+@pytest.mark.parametrize(
+    ("services", "family"), [*((size, IPFamily.V4) for size in SIZES), (1000, IPFamily.V6)]
+)
 def test_a_tree_costs_less_than_half_a_rule_and_half_a_chain_for_each_entry(services, family):
     ruleset, _ = cluster(services, family)
     flat, _ = cluster(services, family, "flat")
