@@ -10,7 +10,7 @@ SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
 # What the daemon, the demo and the tests run (nfacct: only tests); python-iptables is compiled here.
 APT := python3-venv python3-dev gcc libc6-dev iptables iproute2 nftables conntrack nfacct openssl ca-certificates
 PYTEST := $(SUDO) $(BIN)/python -m pytest
-TYPED := kubeproxy_py tests/support deploy/demo/demo.py tests/packet/conftest.py
+TYPED := kubeproxy_py tests/support benchmarks deploy/demo/demo.py tests/packet/conftest.py
 
 .PHONY: help
 help: ## this list

@@ -22,18 +22,19 @@ _REPEATS = 3
 
 
 def main(argv: Sequence[str]) -> int:
-    """Measure, print, write; the exit status says nothing of goals."""
+    """Measure, print, write; the exit status tells of failures, not of goals."""
     options = _parse(argv)
     results = Results.read(options.load) if options.load else Results(machine=_machine())
-    if not options.load:
-        _measure(results, options)
+    failures = [] if options.load else _measure(results, options)
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
         results.write(options.json)
     print(report.text(results))
     if options.docs:
         publish.publish(results, options.docs)
-    return 0
+    for failure in failures:
+        print(f"FAILED {failure}", file=sys.stderr)
+    return 1 if failures else 0
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -67,8 +68,10 @@ def _choice(*known: str) -> Callable[[str], tuple[str, ...]]:
     return names
 
 
-def _measure(results: Results, options: argparse.Namespace) -> None:
+def _measure(results: Results, options: argparse.Namespace) -> list[str]:
+    """Measure all that is asked for into *results*; return what could not be measured."""
     began = time.monotonic()
+    failures = []
     for size in options.sizes:
         _say(began, f"{size} Services x {stages.ENDPOINTS} endpoints: building")
         with stages.build(size) as stage:
@@ -76,11 +79,17 @@ def _measure(results: Results, options: argparse.Namespace) -> None:
             for backend in (each for each in _BACKENDS if each in options.backends):
                 for layout in options.layouts:
                     cell = results.cell(size, backend, layout)
-                    _measure_cell(cell, stage, options.only, lambda text: _say(began, text))
+                    try:
+                        _measure_cell(cell, stage, options.only, lambda text: _say(began, text))
+                    except (AssertionError, OSError, RuntimeError) as error:
+                        # The other cells are worth having, and take half an hour to get again.
+                        failures.append(f"{size} {backend} {layout}: {error}")
+                        _say(began, f"FAILED {failures[-1]}")
                     if options.json:
                         options.json.parent.mkdir(parents=True, exist_ok=True)
                         results.write(options.json)
     _say(began, "done")
+    return failures
 
 
 def _measure_cell(

@@ -173,3 +173,8 @@ class Metrics:
             "Chains of ours that somebody else had changed and that were written again",
             ("table", "ip_family"),
         )
+        self.iptables_drift = counter(
+            "iptables_drift_total",
+            "The same chains, and built-in ones that had lost our jump, by what was done to them",
+            ("table", "ip_family", "kind"),
+        )

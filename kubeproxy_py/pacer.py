@@ -7,7 +7,7 @@ a sync costs allows. A sync that failed is tried again, without anybody having t
 
 from typing import Final, Literal
 
-Outcome = Literal["ok", "failed", "locked"]
+Outcome = Literal["ok", "failed", "locked", "disturbed"]
 
 # A Service and its first slice, or the slices of a rolling update, arrive within milliseconds of
 # each other. Longer would be felt, shorter would write them one by one.
@@ -17,6 +17,9 @@ _COALESCE_S: Final = 0.01
 _MAX_PAUSE_S: Final = 1.0
 # The restore itself has waited seconds for the lock; whoever holds it may let go at any moment.
 _LOCKED_RETRY_S: Final = 0.2
+# Somebody changed our rules while we wrote them, which explains the failure; what we know of them by
+# then, or read again, is right.
+_DISTURBED_RETRY_S: Final = 0.05
 _FIRST_RETRY_S: Final = 1.0
 
 
@@ -65,6 +68,8 @@ class Pacer:
             self._unasked_at = now + self._audit_s
         elif outcome == "locked":
             self._unasked_at = now + _LOCKED_RETRY_S
+        elif outcome == "disturbed":
+            self._unasked_at = now + _DISTURBED_RETRY_S
         else:
             # A change may be what mends it, so it need not wait as long as a mere retry.
             pause = max(pause, min(_FIRST_RETRY_S, self._retry_s))

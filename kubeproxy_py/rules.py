@@ -47,7 +47,7 @@ INVALID_DROPPED_COUNTER: Final = "ct_state_invalid_dropped_pkts"
 
 # iptables limits chain names to 28 characters, and kube-proxy's own are 16 base32 characters of a
 # SHA-256: keeping them lets an operator read our rules with the habits and tools there are.
-_HASH_LENGTH: Final = 16
+_HASH_BYTES: Final = 10
 # Above this many endpoints kube-proxy leaves the per-endpoint comments out, for speed.
 LARGE_CLUSTER_ENDPOINTS: Final = 1000
 # With more endpoints than this the choice is made in two steps, where kube-proxy's layout is not
@@ -134,7 +134,7 @@ class Fragment(msgspec.Struct, frozen=True, gc=False):
 def hash16(*parts: str) -> str:
     """Return kube-proxy's 16-character hash of the concatenation of *parts*."""
     digest = hashlib.sha256("".join(parts).encode()).digest()
-    return base64.b32encode(digest)[:_HASH_LENGTH].decode()
+    return base64.b32encode(digest[:_HASH_BYTES]).decode()
 
 
 class _Names:

@@ -170,13 +170,9 @@ class Ruleset:
 
         Chains of one group refer to each other and therefore change in one batch.
         """
-        wanted = sorted(
-            (name for name in names if name in self._services)
-            if names is not None
-            else self._services,
-            key=lambda name: (name not in _FIRST, name),
-        )
-        for name in wanted:
+        wanted = self._services if names is None else [n for n in names if n in self._services]
+        first = [name for name in _FIRST if name in wanted]
+        for name in (*first, *sorted(name for name in wanted if name not in _FIRST)):
             fragments = self._services[name].fragments.values()
             yield tuple(chain for fragment in fragments for chain in fragment.chains)
 

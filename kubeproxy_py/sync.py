@@ -14,7 +14,7 @@ from typing import Final, Protocol
 import msgspec
 import structlog
 
-from kubeproxy_py import conntrack, rules
+from kubeproxy_py import conntrack, drift, rules
 from kubeproxy_py.dispatch import ChainId
 from kubeproxy_py.errors import BatchRejected, IptablesError, LockTimeout
 from kubeproxy_py.iptables import chains, plan
@@ -36,6 +36,10 @@ _TABLES: Final = (rules.FILTER, rules.NAT)
 _MAX_REFUSALS: Final = 20
 # A flush makes thousands drift; the first few tell what happened.
 _NAMED_CHAINS: Final = 10
+# For a status page: a screenful.
+_KEPT_REPAIRS: Final = 20
+# How long a fight lets rules be wrong at most, unless told otherwise: kube-proxy's period.
+_LONGEST_WAIT_S: Final = 30.0
 
 
 class Kernel(Protocol):
@@ -66,6 +70,8 @@ class Effects(msgspec.Struct, frozen=True, kw_only=True):
     clean_conntrack: Callable[[Callable[[], conntrack.Frontends]], None]
     #: Called with a Service whose rules were refused, and why; must not block.
     report_quarantined: Callable[[ServiceName, str], None]
+    #: Called after a sync that read the whole kernel state, of which little is kept.
+    release_memory: Callable[[], None]
 
 
 class SyncResult(msgspec.Struct, frozen=True, kw_only=True):
@@ -77,6 +83,8 @@ class SyncResult(msgspec.Struct, frozen=True, kw_only=True):
     chains_written: int
     chains_deleted: int
     seconds: float
+    #: What others had changed and this sync put right.
+    repairs: tuple[drift.Repair, ...] = ()
 
 
 class Syncer:
@@ -92,6 +100,7 @@ class Syncer:
         max_batch_rules: int | None,
         effects: Effects,
         metrics: Metrics,
+        read_chain: Callable[[ChainId], tuple[str, ...] | None] | None = None,
         clock: Callable[[], float] = time.monotonic,
         wall_clock: Callable[[], float] = time.time,
     ) -> None:
@@ -102,6 +111,8 @@ class Syncer:
         self._max_batch_rules = max_batch_rules
         self._effects = effects
         self._metrics = metrics
+        # Reads one chain (None: there is none), where that costs less than reading all of them.
+        self._read_chain = read_chain
         self._clock = clock
         self._wall_clock = wall_clock
         # What the kernel has; None: unknown.
@@ -113,8 +124,13 @@ class Syncer:
         # What Services had rules for when the last sync succeeded, as far as they changed since.
         self._before: dict[ServiceName, ServiceState | None] = {}
         self._must_compare_all = False
-        # The last sync left the kernel as desired: what differs when it is read, others changed.
+        # The last sync that succeeded left the kernel as desired: what differs when it is read, others
+        # changed, unless we were asked for it since.
         self._is_auditing = False
+        self._asked_for: frozenset[ChainId] = frozenset()
+        # What the next sync reads of the kernel, where the rest is known; and who touched it.
+        self._suspected: frozenset[ChainId] = frozenset()
+        self._culprits: tuple[drift.Culprit, ...] = ()
         # Outlive failed syncs: what they ask for is still to be done.
         self._trigger_times: list[float] = []
         self._has_stale_udp = False
@@ -123,6 +139,15 @@ class Syncer:
         """Let the next sync read the kernel and repair whatever differs."""
         self._is_auditing = self._is_auditing or self._live is not None
         self._live = None
+
+    def look(self, look: drift.Look) -> None:
+        """Let the next sync read what others touched, and repair what differs."""
+        self._culprits = tuple(dict.fromkeys((*self._culprits, *look.culprits)))
+        if look.chains is None or self._read_chain is None or self._live is None:
+            self.forget_live()
+        else:
+            self._is_auditing = True
+            self._suspected |= look.chains
 
     @property
     def retry_at(self) -> float:
@@ -151,7 +176,6 @@ class Syncer:
                 self._must_compare_all = True
             else:
                 self._live = None
-                self._is_auditing = False
             self._observe(is_full=is_full, seconds=self._clock() - started)
             raise
         self._observe(is_full=is_full, seconds=result.seconds)
@@ -270,13 +294,18 @@ class Syncer:
         return refused
 
     def _write(self, names: Collection[ServiceName] | None, started: float) -> SyncResult:
-        asked_for = self._ruleset.take_touched()
+        self._asked_for |= self._ruleset.take_touched()
+        asked_for = self._asked_for
         touched: frozenset[ChainId] | None = asked_for
         is_full = self._live is None
         if self._live is None:
             self._effects.prepare()
             self._live = self._kernel.save()
             self._echoes.undo(self._live)
+        elif self._suspected:
+            self._read_suspected(self._live)
+            touched = asked_for | self._suspected
+        suspected, self._suspected = self._suspected, frozenset()
         if is_full or self._must_compare_all:
             touched = names = None
         batches = plan.plan(
@@ -286,14 +315,19 @@ class Syncer:
             touched=touched,
             max_rules=self._max_batch_rules,
         )
+        repairs = self._repairs(batches, asked_for, self._live) if self._is_auditing else ()
         for batch in batches:
             self._restore(batch, self._live, is_full=is_full)
         self._must_compare_all = False
+        self._asked_for = frozenset()
         if self._is_auditing:
             self._is_auditing = False
-            self._tell_drift(batches, asked_for)
-            if batches:
+            self._tell_drift(repairs)
+            if batches and is_full:
                 self._echoes.learn(self._kernel.save(), self._ruleset.tables)
+            elif repairs:
+                self._echoes.learn(self._read(suspected), self._ruleset.tables)
+        self._culprits = ()
         if is_full:
             _adopt(self._live, self._ruleset.tables)
         sections = [section for batch in batches for section in batch.sections]
@@ -306,7 +340,26 @@ class Syncer:
             chains_written=sum(len(section.write) for section in sections),
             chains_deleted=sum(len(section.delete) for section in sections),
             seconds=self._clock() - started,
+            repairs=repairs,
         )
+
+    def _read_suspected(self, live: chains.Tables) -> None:
+        """Put in *live* what the suspected chains have now."""
+        found = self._read(self._suspected)
+        for table, chain in self._suspected:
+            live.setdefault(table, {}).pop(chain, None)
+            if chain in found.get(table, {}):
+                live[table][chain] = found[table][chain]
+        self._echoes.undo(live)
+
+    def _read(self, wanted: Collection[ChainId]) -> chains.Tables:
+        assert self._read_chain is not None
+        found: chains.Tables = {}
+        for chain in sorted(wanted):
+            texts = self._read_chain(chain)
+            if texts is not None:
+                found.setdefault(chain.table, {})[chain.chain] = texts
+        return found
 
     def _restore(self, batch: plan.Batch, live: chains.Tables, *, is_full: bool) -> None:
         family = self._family.value
@@ -322,24 +375,48 @@ class Syncer:
         self._metrics.iptables_restores.labels(family).inc()
         self._metrics.iptables_restore_lines.labels(family).inc(text.count("\n"))
 
-    def _tell_drift(self, batches: list[plan.Batch], asked_for: frozenset[ChainId]) -> None:
-        """Log and count the chains that were written though no change of ours asked for it."""
+    def _repairs(
+        self, batches: list[plan.Batch], asked_for: frozenset[ChainId], live: chains.Tables
+    ) -> tuple[drift.Repair, ...]:
+        """Return what *batches* write though no change of ours asked for it, by table and kind."""
+        found: dict[tuple[str, drift.Kind], set[str]] = {}
         for section in (section for batch in batches for section in batch.sections):
-            drifted = sorted(
-                {*section.write, *section.delete, *(jump.builtin for jump in section.insert)}
-                - {chain for table, chain in asked_for if table == section.table}
+            table = section.table
+            for jump in section.insert:
+                found.setdefault((table, "jump_removed"), set()).add(jump.builtin)
+            for chain in {*section.write, *section.delete}:
+                if ChainId(table, chain) not in asked_for:
+                    kind = drift.kind_of(
+                        live.get(table, {}).get(chain),
+                        self._ruleset.tables.get(table, {}).get(chain),
+                    )
+                    found.setdefault((table, kind), set()).add(chain)
+        return tuple(
+            drift.Repair(
+                family=self._family,
+                table=table,
+                kind=kind,
+                count=len(names),
+                chains=tuple(sorted(names)[:_NAMED_CHAINS]),
+                culprits=self._culprits,
             )
-            if drifted:
-                self._metrics.iptables_chains_repaired.labels(
-                    section.table, self._family.value
-                ).inc(len(drifted))
-                log.warning(
-                    "drift.repaired",
-                    ip_family=self._family.value,
-                    table=section.table,
-                    count=len(drifted),
-                    chains=drifted[:_NAMED_CHAINS],
-                )
+            for (table, kind), names in found.items()
+        )
+
+    def _tell_drift(self, repairs: tuple[drift.Repair, ...]) -> None:
+        for repair in repairs:
+            labels = (repair.table, repair.family.value)
+            self._metrics.iptables_chains_repaired.labels(*labels).inc(repair.count)
+            self._metrics.iptables_drift.labels(*labels, repair.kind).inc(repair.count)
+            log.warning(
+                "drift.repaired",
+                ip_family=repair.family.value,
+                table=repair.table,
+                kind=repair.kind,
+                count=repair.count,
+                chains=list(repair.chains),
+                **_told(repair.culprits),
+            )
 
     def _finish(self, result: SyncResult) -> None:
         family, ruleset, metrics = self._family.value, self._ruleset, self._metrics
@@ -359,6 +436,8 @@ class Syncer:
         metrics.no_local_endpoints.labels("internal", family).set(internal)
         metrics.no_local_endpoints.labels("external", family).set(external)
         self._effects.publish_health_checks(ruleset.health_checks())
+        if result.is_full:
+            self._effects.release_memory()
         if self._has_stale_udp:
             # After the restore: before it, the next packet would make the entry anew.
             self._has_stale_udp = False
@@ -412,6 +491,15 @@ class Echoes:
                 live[chain.table][chain.chain] = self._written[chain]
 
 
+def _told(culprits: Collection[drift.Culprit]) -> dict[str, object]:
+    """Return who did it, as a log line has it."""
+    return {
+        "process": ", ".join(dict.fromkeys(who.process for who in culprits)) or "unknown",
+        "pid": [who.pid for who in culprits],
+        "parent": ", ".join(dict.fromkeys(who.parent for who in culprits if who.parent)) or None,
+    }
+
+
 def _targets(texts: tuple[str, ...]) -> list[str]:
     return [f" {text}".partition(" -j ")[2].partition(" ")[0] for text in texts]
 
@@ -438,6 +526,7 @@ class SyncLoop:
         *,
         health: Health,
         metrics: Metrics,
+        suspects: drift.Suspects | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._family = family
@@ -449,6 +538,12 @@ class SyncLoop:
         self._wake = threading.Condition()
         # Guarded by the condition: the pacer, and
         self._is_stopped = False
+        self._suspects = suspects or drift.Suspects(_LONGEST_WAIT_S)
+        # Only the loop's own: what the sync that runs looks at, and what it repaired.
+        self._look: drift.Look | None = None
+        self._has_repaired = False
+        #: The last few repairs, the newest last. Replaced as a whole: other threads read it.
+        self.repairs: tuple[drift.Repair, ...] = ()
 
     def nudge(self) -> None:
         """Say that there is something to sync. Cheap; from any thread."""
@@ -456,6 +551,12 @@ class SyncLoop:
         self._metrics.sync_last_queued_timestamp.labels(self._family.value).set_to_current_time()
         with self._wake:
             self._pacer.request(self._clock())
+            self._wake.notify()
+
+    def suspect(self, suspicion: drift.Suspicion) -> None:
+        """Say that others touched what may be ours. Cheap; from any thread."""
+        with self._wake:
+            self._suspects.add(suspicion, self._clock())
             self._wake.notify()
 
     def stop(self) -> None:
@@ -474,24 +575,55 @@ class SyncLoop:
             with self._wake:
                 self._pacer.finished(ended, took_s=ended - started, outcome=outcome)
                 self._pacer.remind(self._syncer.retry_at)
+                self._finish_look(ended)
 
     def _wait(self) -> bool:
         """Wait until a sync is due; False when stopped."""
         with self._wake:
             while not self._is_stopped:
-                left = self._pacer.due_at() - self._clock()
+                now = self._clock()
+                if self._suspects.due_at() <= now:
+                    self._pacer.request(now)
+                left = self._pacer.due_at() - now
                 if left <= 0:
-                    if not self._pacer.is_requested:
+                    self._look = self._suspects.take(now)
+                    if self._look is not None:
+                        self._syncer.look(self._look)
+                    elif not self._pacer.is_requested:
                         # Nobody asked: look whether the kernel still has what it was given.
                         self._syncer.forget_live()
                     self._pacer.started()
                     return True
+                suspects_at = self._suspects.due_at()
+                if suspects_at > now:
+                    left = min(left, suspects_at - now)
                 self._wake.wait(min(left, threading.TIMEOUT_MAX))
             return False
 
+    def _finish_look(self, now: float) -> None:
+        if self._look is None:
+            return
+        contest = self._suspects.finished(self._look, now, has_repaired=self._has_repaired)
+        self._look = None
+        if contest is not None:
+            log.warning(
+                "drift.contested",
+                ip_family=self._family.value,
+                chains=[f"{table}/{chain}" for table, chain in sorted(contest.chains or ())][
+                    :_NAMED_CHAINS
+                ]
+                or "any",
+                wait_s=contest.wait_s,
+                **_told(contest.culprits),
+            )
+
     def _sync(self) -> Outcome:
+        self._has_repaired = False
         try:
-            if self._syncer.sync() is not None:
+            result = self._syncer.sync()
+            if result is not None:
+                self._has_repaired = bool(result.repairs)
+                self.repairs = (*self.repairs, *result.repairs)[-_KEPT_REPAIRS:]
                 self._health.updated(self._family)
         except LockTimeout as error:
             log.warning("sync.delayed", ip_family=self._family.value, error=str(error))
@@ -503,7 +635,9 @@ class SyncLoop:
                 excerpt=getattr(error, "excerpt", "") or None,
             )
             self._health.queued(self._family)
-            return "failed"
+            with self._wake:
+                is_disturbed = self._suspects.due_at() <= self._clock()
+            return "disturbed" if is_disturbed else "failed"
         else:
             return "ok"
         self._health.queued(self._family)

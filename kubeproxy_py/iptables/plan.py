@@ -22,7 +22,7 @@ import msgspec
 
 from kubeproxy_py import rules
 from kubeproxy_py.dispatch import SHARED, ChainId, tree_depth
-from kubeproxy_py.iptables.chains import Chains, Tables, is_ours
+from kubeproxy_py.iptables.chains import BUILTIN, Chains, Tables, is_ours
 
 #: Shared with the kubelet: made if it is missing, because we jump to it, and else left alone.
 _ENSURED: Final = (ChainId(rules.FILTER, rules.FIREWALL),)
@@ -160,6 +160,13 @@ class _Planner:
             and not any(is_jump(text, jump) for text in live.get(jump.builtin, ()))
         )
 
+    def _held(self, table: str) -> frozenset[str]:
+        live = self._live.get(table, {})
+        if self._touched is not None:
+            # Who knows what was touched keeps nothing of others' chains, and ours are many.
+            live = {chain: live[chain] for chain in BUILTIN if chain in live}
+        return held_by_others({table: live}, table)
+
     def mangle(self) -> Iterator[Section]:
         yield Section(rules.MANGLE, self._changed(rules.MANGLE), delete=self._stale(rules.MANGLE))
 
@@ -219,7 +226,8 @@ class _Planner:
         yield Section(rules.NAT, insert=self._missing_jumps(rules.NAT))
         # A chain that a rule of others jumps to cannot be deleted, and trying would have the kernel
         # refuse all else that nat is told: it is emptied, which for packets is the same.
-        stale, held = self._stale(rules.NAT), held_by_others(self._live, rules.NAT)
+        stale = self._stale(rules.NAT)
+        held = self._held(rules.NAT) if stale else frozenset()
         live = self._live.get(rules.NAT, {})
         yield Section(rules.NAT, {chain: () for chain in stale if chain in held and live[chain]})
         for chain in sorted(stale, key=_deletion_rank):

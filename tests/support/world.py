@@ -37,6 +37,7 @@ class World:
         self.health_checks: list[dict[ServiceName, HealthCheck]] = []
         self.frontends: list[conntrack.Frontends] = []
         self.quarantined: list[tuple[ServiceName, str]] = []
+        self.released = 0
         self.node_port_addresses: tuple[str, ...] | None = None
         self.nudged = 0
         self.store = Store(
@@ -61,6 +62,7 @@ class World:
                 publish_health_checks=self.health_checks.append,
                 clean_conntrack=lambda build: self.frontends.append(build()),
                 report_quarantined=lambda name, reason: self.quarantined.append((name, reason)),
+                release_memory=self._release,
             ),
             metrics=metrics,
             clock=lambda: self.now,
@@ -72,6 +74,9 @@ class World:
 
     def _prepare(self) -> None:
         self.prepared += 1
+
+    def _release(self) -> None:
+        self.released += 1
 
     def put(self, *items: Json) -> None:
         for item in items:

@@ -81,3 +81,7 @@ def test_an_unknown_node_ip_is_told():
 def test_a_backend_that_was_asked_for_is_not_looked_for(backend):
     # The unit tests' guard against programs is the proof.
     assert host.choose_backend(backend) == backend
+
+
+def test_releasing_memory_is_harmless():
+    assert host.release_memory() is None

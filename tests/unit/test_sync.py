@@ -594,3 +594,14 @@ def test_stopped_loop_ends_at_once(world, health):
     loop.run()
 
     assert health.told == ["started"]
+
+
+def test_memory_is_released_after_a_look_at_the_whole_kernel_and_only_then(world):
+    released = world.released
+    world.put(make_slice(endpoints=["10.180.1.12"]))
+    world.sync()
+    assert world.released == released
+
+    world.syncer.forget_live()
+    world.sync()
+    assert world.released == released + 1

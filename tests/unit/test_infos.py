@@ -1,0 +1,104 @@
+"""Others' changes of legacy tables, with a kernel that is a dict."""
+
+import threading
+
+import pytest
+
+from kubeproxy_py.drift import Suspicion
+from kubeproxy_py.iptables.infos import LegacyWatcher
+from kubeproxy_py.model import IPFamily
+
+V4, V6 = IPFamily.V4, IPFamily.V6
+
+
+class Told:
+    """What was called back, to be waited for."""
+
+    def __init__(self):
+        self.changed = threading.Condition()
+        self.suspicions = []
+
+    def __call__(self, suspicion):
+        with self.changed:
+            self.suspicions.append(suspicion)
+            self.changed.notify_all()
+
+    def wait(self, count=1):
+        with self.changed:
+            assert self.changed.wait_for(lambda: len(self.suspicions) >= count, timeout=10)
+        return self.suspicions
+
+
+@pytest.fixture
+def infos():
+    return {V4: {"nat": b"1", "filter": b"1"}, V6: {"nat": b"1"}}
+
+
+@pytest.fixture
+def told():
+    return Told()
+
+
+@pytest.fixture
+def watcher(infos, told, tmp_path):
+    watcher = LegacyWatcher(
+        (V4, V6),
+        told,
+        read=lambda family: dict(infos[family]),
+        lock_file=tmp_path / "xtables.lock",
+        clock=lambda: 0.0,
+    )
+    watcher.start()
+    yield watcher
+    watcher.stop()
+
+
+def test_a_table_of_another_size_is_told_with_its_family(watcher, infos, told):
+    infos[V6]["nat"] = b"2"
+
+    assert told.wait() == [Suspicion(V6, None, None)]
+
+
+def test_a_table_that_appears_is_told(watcher, infos, told):
+    infos[V4]["mangle"] = b"1"
+
+    assert told.wait() == [Suspicion(V4, None, None)]
+
+
+def test_what_we_write_is_not_told(watcher, infos, told):
+    with watcher.own(V4, 17):
+        infos[V4]["nat"] = b"2"
+    infos[V6]["nat"] = b"2"
+
+    assert told.wait() == [Suspicion(V6, None, None)]
+
+
+def test_what_others_wrote_just_before_us_is_told(watcher, infos, told):
+    infos[V4]["nat"] = b"2"
+    with watcher.own(V4, 17):
+        infos[V4]["nat"] = b"3"
+
+    assert told.wait() == [Suspicion(V4, None, None)]
+
+
+def test_stopping_what_never_started_does_nothing(told):
+    LegacyWatcher((V4,), told).stop()
+
+
+def test_a_restore_may_end_after_the_watcher(infos, told, tmp_path):
+    watcher = LegacyWatcher(
+        (V4,), told, read=lambda family: infos[family], lock_file=tmp_path / "lock"
+    )
+    watcher.start()
+    with watcher.own(V4, 17):
+        watcher.stop()
+
+    assert told.suspicions == []
+
+
+def test_a_kernel_that_cannot_be_asked_any_more_is_no_crash(watcher, infos, told):
+    watcher._read = lambda family: (_ for _ in ()).throw(OSError("no raw sockets"))
+    with watcher.own(V4, 17):
+        pass
+
+    assert told.suspicions == []
