@@ -132,10 +132,9 @@ class NftWatcher:
 
     def _open_sockets(self) -> None:
         with contextlib.ExitStack() as stack:
-            pair = (self._open(), self._open())
-            for sock in pair:
-                stack.callback(sock.close)
-            self._sockets = pair
+            generations = stack.enter_context(contextlib.closing(self._open()))
+            details = stack.enter_context(contextlib.closing(self._open()))
+            self._sockets = generations, details
             self._attach_filters()
             stack.pop_all()
 

@@ -45,6 +45,7 @@ _FAN_NONBLOCK: Final = 0x2
 _FAN_MARK_ADD: Final = 0x1
 _FAN_CLOSE: Final = 0x8 | 0x10
 _FAN_OPEN: Final = 0x20
+_FAN_Q_OVERFLOW: Final = 0x4000
 _AT_FDCWD: Final = -100
 # struct fanotify_event_metadata: length, version, its own length, mask, file descriptor, process.
 _EVENT: Final = struct.Struct("=IBxHQii")
@@ -193,7 +194,10 @@ class LegacyWatcher:
         if self._lock_users is None:
             return (), False
         users = [user for user in self._lock_users.read() if user[0].pid not in self._own]
-        return tuple(who for who, _ in users), any(is_done for _, is_done in users)
+        # Who opened it earlier and still has it may be the one who has written since.
+        holders = [who for who in self._lock_users.holders() if who.pid not in self._own]
+        others = tuple(dict.fromkeys([*(who for who, _ in users), *holders]))
+        return others, any(is_done for _, is_done in users)
 
     def _has_changed(self, family: IPFamily) -> bool:
         try:
@@ -237,17 +241,21 @@ class LockUsers:
     def read(self) -> list[tuple[Culprit, bool]]:
         """Return who has opened or closed it since this was last asked, and whether they closed."""
         found: list[tuple[Culprit, bool]] = []
-        with contextlib.suppress(BlockingIOError):
+        # Nothing (more) to be read; or no descriptor to be had, in which case sizes must do.
+        with contextlib.suppress(OSError):
             while data := os.read(self._fd, _READ_BYTES):
-                for length, _, _, mask, descriptor, pid in _EVENT.iter_unpack(data):
-                    assert length == _EVENT.size
+                for _, _, _, mask, descriptor, pid in _EVENT.iter_unpack(data):
                     if descriptor >= 0:
                         os.close(descriptor)
-                    is_done = bool(mask & _FAN_CLOSE)
+                    is_done = bool(mask & (_FAN_CLOSE | _FAN_Q_OVERFLOW))
                     found.append((Culprit(self._name(pid, is_done=is_done), pid or None), is_done))
         # The file may have been made, or made anew; watching it again changes nothing.
         self._mark()
         return found
+
+    def holders(self) -> list[Culprit]:
+        """Return who had it open when that was last read."""
+        return [Culprit(name, pid) for pid, name in self._names.items()]
 
     def close(self) -> None:
         os.close(self._fd)

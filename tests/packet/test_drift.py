@@ -8,6 +8,7 @@ import os
 import queue
 import socket
 import subprocess
+import threading
 import time
 
 import pytest
@@ -341,9 +342,14 @@ def watch(clean_lab):
     """Give a function that starts a watcher; it returns the watcher and a queue of suspicions."""
     started = []
 
-    def start(opener=events.connect):
+    def start(opener=events.connect, pause=lambda: None):
         told = queue.SimpleQueue()
-        watcher = events.NftWatcher(told.put, opener)
+
+        def tell(suspicion):
+            told.put(suspicion)
+            pause()
+
+        watcher = events.NftWatcher(tell, opener)
         with clean_lab.node.entered():
             watcher.start()
         started.append(watcher)
@@ -382,19 +388,23 @@ def test_lost_events_are_a_reason_to_look_everywhere_and_their_author_is_known(w
         sock = events.connect()
         if opened:
             # The second one has the details: two kilobytes of them, the least there can be.
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUFFORCE, 1)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1)
         opened.append(sock)
         return sock
 
-    _, told = watch(opener)
+    may_read_on = threading.Event()
+    _, told = watch(opener, lambda: may_read_on.wait(10))
+    clean_lab.node.run(["iptables-nft", "-t", "nat", "-N", OURS.chain])
+    assert told.get(timeout=5).chains == {OURS}
     clean_lab.node.run(["iptables-nft-restore", "-n"], input=FLOOD)
+    may_read_on.set()
     suspicions = [told.get(timeout=5) for _ in range(2)]
 
     assert {(found.family, found.chains, found.culprit.process) for found in suspicions} == {
         (family, None, "iptables-nft-re") for family in IPFamily
     }
     # And after that it sees as well as before.
-    clean_lab.node.run(["iptables-nft", "-t", "nat", "-N", OURS.chain])
+    clean_lab.node.run(["iptables-nft", "-t", "nat", "-X", OURS.chain])
     assert told.get(timeout=5).chains == {OURS}
 
 
@@ -410,9 +420,10 @@ def test_sockets_that_fail_are_opened_again_and_everything_looked_at(watch, clea
     _, told = watch(opener)
     # Shut from below, as by a kernel that has had enough.
     broken = socket.socket()
-    broken.setblocking(False)  # noqa: FBT003 - its own signature
+    broken.setblocking(False)
     os.dup2(broken.fileno(), opened[0].fileno())
     broken.close()
+    clean_lab.node.run(["iptables-nft", "-t", "nat", "-N", "WAKES-IT"])
     suspicions = [told.get(timeout=10) for _ in range(2)]
 
     assert {(found.family, found.chains) for found in suspicions} == {
