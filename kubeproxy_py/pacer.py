@@ -42,7 +42,8 @@ class Pacer:
         self._min_interval_s = min_interval_s
         self._requested_at: float | None = None
         self._not_before = float("-inf")
-        self._unasked_at = float("inf")
+        self._retry_at = float("inf")
+        self._look_at = float("inf")
         self._failures = 0
 
     def request(self, now: float) -> None:
@@ -60,27 +61,38 @@ class Pacer:
         # in them, so it needs a sync of its own.
         self._requested_at = None
 
+    def take_look(self, now: float) -> bool:
+        """Tell whether the sync that begins should look at the whole kernel; it is due no more then.
+
+        Asked for or not: in a cluster where something changes all the time, nobody would ever look.
+        """
+        if self._look_at > now:
+            return False
+        self._look_at = float("inf")
+        return True
+
     def finished(self, now: float, *, took_s: float, outcome: Outcome) -> None:
         """Say how the sync that ended *now* went."""
         pause = min(took_s, _MAX_PAUSE_S) if self._min_interval_s is None else self._min_interval_s
         if outcome == "ok":
             self._failures = 0
-            self._unasked_at = now + self._audit_s
+            self._retry_at = float("inf")
+            self._look_at = min(self._look_at, now + self._audit_s)
         elif outcome == "locked":
-            self._unasked_at = now + _LOCKED_RETRY_S
+            self._retry_at = now + _LOCKED_RETRY_S
         elif outcome == "disturbed":
-            self._unasked_at = now + _DISTURBED_RETRY_S
+            self._retry_at = now + _DISTURBED_RETRY_S
         else:
             # A change may be what mends it, so it need not wait as long as a mere retry.
             pause = max(pause, min(_FIRST_RETRY_S, self._retry_s))
-            self._unasked_at = now + min(_FIRST_RETRY_S * 2**self._failures, self._retry_s)
+            self._retry_at = now + min(_FIRST_RETRY_S * 2**self._failures, self._retry_s)
             # Bounded, so that a fault that lasts for days does not overflow the power.
             self._failures = min(self._failures + 1, 30)
         self._not_before = now + pause
 
     def remind(self, at: float) -> None:
-        """Let a sync be due *at* that time at the latest, though nobody asks."""
-        self._unasked_at = min(self._unasked_at, at)
+        """Let a look at the whole kernel be due *at* that time at the latest, though nobody asks."""
+        self._look_at = min(self._look_at, at)
 
     def due_at(self) -> float:
         """Return when the next sync should start; infinity: when somebody asks."""
@@ -88,4 +100,4 @@ class Pacer:
         if self._requested_at is not None:
             wait = _COALESCE_S if self._min_interval_s is None else 0.0
             asked_at = self._requested_at + wait
-        return max(min(asked_at, self._unasked_at), self._not_before)
+        return max(min(asked_at, self._retry_at, self._look_at), self._not_before)

@@ -232,14 +232,18 @@ class Syncer:
     ) -> SyncResult:
         """Write, setting aside Services whose rules are refused, until the rest is accepted."""
         for _ in range(_MAX_REFUSALS):
+            has_looked = self._live is None
             try:
                 return self._write(names, started)
             except BatchRejected as error:
-                if not self._set_aside(error):
-                    raise
+                # Who has not looked may have been refused because of what others did meanwhile: a
+                # chain that is gone, say. No Service is to blame for that.
+                if has_looked:
+                    if not self._set_aside(error):
+                        raise
+                    self._is_auditing = False
                 # Tables that stood before the refused one in the input may have been changed.
                 self._live = None
-                self._is_auditing = False
         return self._write(names, started)
 
     def _set_aside(self, error: BatchRejected) -> bool:
@@ -589,8 +593,8 @@ class SyncLoop:
                     self._look = self._suspects.take(now)
                     if self._look is not None:
                         self._syncer.look(self._look)
-                    elif not self._pacer.is_requested:
-                        # Nobody asked: look whether the kernel still has what it was given.
+                    elif self._pacer.take_look(now):
+                        # Whether the kernel still has what it was given.
                         self._syncer.forget_live()
                     self._pacer.started()
                     return True

@@ -80,6 +80,10 @@ class FakeIptables:
         """Let one restore raise *error* when it has committed *after_tables* of its tables."""
         self._restore_failures.append((error, after_tables))
 
+    def fail_no_more(self) -> None:
+        """Forget the restores that are yet to fail."""
+        self._restore_failures.clear()
+
     def save(self) -> Tables:
         self.saves += 1
         if self._save_failures:

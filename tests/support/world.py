@@ -94,10 +94,12 @@ class World:
         return self.syncer.sync()
 
     def fail(self, error: IptablesError, **options: Any) -> None:
-        """Sync once, with the kernel failing."""
-        self.kernel.fail_restore(error, **options)
+        """Sync once, with the kernel failing, also when it is asked again after a look at it."""
+        for _ in range(2):
+            self.kernel.fail_restore(error, **options)
         with pytest.raises(type(error)):
             self.sync()
+        self.kernel.fail_no_more()
 
     def value(self, name: str, **labels: str) -> float | None:
         return self.metrics.registry.get_sample_value(

@@ -6,7 +6,7 @@ from structlog.testing import capture_logs
 from kubeproxy_py import drift
 from kubeproxy_py.dispatch import ChainId
 from kubeproxy_py.drift import Culprit, Look, Suspects, Suspicion
-from kubeproxy_py.errors import BatchRejected
+from kubeproxy_py.errors import IptablesError
 from kubeproxy_py.pacer import Pacer
 from kubeproxy_py.sync import SyncLoop
 from tests.support.builders import make_node, make_service, make_slice
@@ -220,7 +220,7 @@ def test_what_was_right_after_all_is_neither_written_nor_told(world):
 def test_drift_is_told_though_the_first_attempt_to_repair_it_fails(world):
     world.kernel.tables["nat"]["KUBE-MARK-MASQ"] = ()
     world.syncer.look(Look(frozenset({MASQ}), (NFT,)))
-    world.fail(BatchRejected("no"))
+    world.fail(IptablesError("no"))
     with capture_logs() as logs:
         world.sync()
 
@@ -292,7 +292,7 @@ def test_who_undoes_every_repair_is_named_once(world, loop, clock):
 
 def test_a_failure_while_others_write_is_tried_again_at_once(world, loop, clock):
     world.kernel.tables["nat"]["KUBE-MARK-MASQ"] = ()
-    world.kernel.fail_restore(BatchRejected("chain does not exist"))
+    world.kernel.fail_restore(IptablesError("chain does not exist"))
     loop.suspect(suspicion(MASQ))
     assert loop._wait()
     loop.suspect(suspicion(MASQ))

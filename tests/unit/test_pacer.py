@@ -135,3 +135,25 @@ def test_held_lock_is_tried_again_soon(pacer):
         sync(pacer, now, outcome="locked")
 
         assert pacer.due_at() == now + 0.2
+
+
+def test_a_look_is_due_though_something_is_asked_for_all_the_time():
+    pacer = Pacer(retry_s=30, audit_s=100)
+    pacer.finished(0, took_s=0, outcome="ok")
+    for now in range(1, 100):
+        assert not pacer.take_look(now)
+        pacer.request(now)
+        pacer.started()
+        pacer.finished(now, took_s=0, outcome="ok")
+
+    assert pacer.take_look(100)
+    assert not pacer.take_look(100)
+    pacer.finished(101, took_s=0, outcome="ok")
+    assert pacer.due_at() == 201
+
+
+def test_a_retry_is_no_reason_to_look():
+    pacer = Pacer(retry_s=30, audit_s=100)
+    pacer.finished(0, took_s=0, outcome="locked")
+
+    assert not pacer.take_look(pacer.due_at())

@@ -152,6 +152,20 @@ def test_a_rule_of_nobody_in_particular_is_no_reason_to_set_anybody_aside(world)
     assert world.syncer.quarantined == ()
 
 
+def test_what_others_do_meanwhile_is_no_services_fault(world):
+    world.listed(make_node(), *GOOD)
+    world.sync()
+    # Somebody flushes and deletes while we do not look: what we write then refers to what is gone.
+    world.kernel.tables["nat"] = {
+        name: () for name in world.kernel.tables["nat"] if not name.startswith("KUBE-")
+    }
+    world.put(*good(9))
+    world.sync()
+
+    assert world.syncer.quarantined == ()
+    assert world.own() == desired(*GOOD, *good(9))
+
+
 def test_waits_grow_up_to_a_limit_and_begin_anew_after_a_change():
     quarantine = Quarantine()
     waits = []
