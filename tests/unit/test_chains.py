@@ -137,3 +137,11 @@ def test_reading_is_the_inverse_of_rendering(tables):
     )
 
     assert parse(text) == tables
+
+
+def test_policies_of_built_in_chains_are_told_where_they_are_asked_for():
+    policies = {}
+    saved = "*filter\n:INPUT ACCEPT [0:0]\n:FORWARD DROP [0:0]\n:KUBE-FORWARD - [0:0]\nCOMMIT\n"
+    chains.parse_save(saved.splitlines(), policies)
+
+    assert policies == {("filter", "INPUT"): "ACCEPT", ("filter", "FORWARD"): "DROP"}
