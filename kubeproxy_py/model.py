@@ -51,10 +51,6 @@ class ServicePortName(NamedTuple):
     port: str  # "" when the port has no name
     protocol: Protocol
 
-    @property
-    def service(self) -> ServiceName:
-        return ServiceName(self.namespace, self.name)
-
     def __str__(self) -> str:
         # The protocol is not part of it: kube-proxy's comments and hashes rely on that.
         suffix = f":{self.port}" if self.port else ""

@@ -101,7 +101,7 @@ class Ruleset:
         for chain, texts in self._dispatch.take_changed().items():
             if texts is not None:
                 self._set(chain, texts)
-            elif chain.chain in self.tables.get(chain.table, {}):
+            else:
                 self._drop(chain)
 
     def _replace(self, name: ServiceName, state: ServiceState | None) -> None:
@@ -153,7 +153,8 @@ class Ruleset:
             self._touched.add(chain)
 
     def _drop(self, chain: ChainId) -> None:
-        old = self.tables[chain.table].pop(chain.chain)
+        # A tree's chain may have come and gone between two looks.
+        old = self.tables[chain.table].pop(chain.chain, ())
         self._rule_counts[chain.table] -= len(old)
         self._touched.add(chain)
 
