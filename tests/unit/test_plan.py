@@ -15,6 +15,8 @@ from kubeproxy_py.ruleset import Ruleset
 from tests.support import fake_iptables, states, strategies
 from tests.support.builders import make_endpoint, make_node, make_port, make_service, make_slice
 from tests.support.fake_iptables import FakeIptables
+from tests.support.planning import foreign, kernel_with, planned, steps
+from tests.support.world import own
 
 OPTIONS = states.golden_options(IPFamily.V4)
 # Each example plans a whole change; half the usual number found every mistake that there was.
@@ -42,45 +44,6 @@ def ruleset_of(known):
     ruleset = Ruleset(OPTIONS)
     ruleset.apply(known)
     return ruleset
-
-
-def planned(ruleset, live, **options):
-    return plan.plan(ruleset.tables, live, groups=ruleset.groups(), **options)
-
-
-def kernel_with(ruleset, foreign=None):
-    """Return a kernel that has what *ruleset* wants, and *foreign* beside it."""
-    kernel = FakeIptables(foreign)
-    for batch in planned(ruleset, kernel.save()):
-        kernel.restore(batch.render())
-    return kernel
-
-
-def own(tables):
-    return {
-        table: {chain: texts for chain, texts in by_name.items() if chains.is_ours(table, chain)}
-        for table, by_name in tables.items()
-    }
-
-
-def foreign(tables):
-    """Return all but what is ours: of built-in chains all rules but our jumps."""
-    jumps = set(rules.JUMPS)
-    return {
-        table: {
-            chain: [rule for rule in texts if rules.Jump(table, chain, rule) not in jumps]
-            for chain, texts in by_name.items()
-            if not chains.is_ours(table, chain)
-        }
-        for table, by_name in tables.items()
-    }
-
-
-def steps(batches):
-    """Yield each table section as an input of its own: what the kernel does atomically."""
-    for batch in batches:
-        for section in batch.sections:
-            yield plan.Batch((section,)).render()
 
 
 # Properties --------------------------------------------------------------------------------------

@@ -13,11 +13,12 @@ from hypothesis import strategies as st
 
 from kubeproxy_py import cleanup, rules
 from kubeproxy_py.dispatch import tree_depth
-from kubeproxy_py.iptables import chains, plan
+from kubeproxy_py.iptables import plan
 from kubeproxy_py.model import IPFamily
 from kubeproxy_py.ruleset import Ruleset
 from tests.support import crowds, fake_iptables, kube_proxy, lookups, states
-from tests.support.fake_iptables import FakeIptables
+from tests.support.planning import foreign, kernel_with, planned, steps
+from tests.support.world import own
 
 # Each example plans the change of a hundred Services and looks at hundreds of states in between.
 FEW = settings(max_examples=20)
@@ -44,43 +45,6 @@ def ruleset_of(known, layout):
     ruleset = Ruleset(options)
     ruleset.apply(known)
     return ruleset
-
-
-def planned(ruleset, live, **options):
-    return plan.plan(ruleset.tables, live, groups=ruleset.groups(), **options)
-
-
-def kernel_with(ruleset, foreign=None):
-    kernel = FakeIptables(foreign)
-    for batch in planned(ruleset, kernel.save()):
-        kernel.restore(batch.render())
-    return kernel
-
-
-def own(tables):
-    return {
-        table: {chain: texts for chain, texts in by_name.items() if chains.is_ours(table, chain)}
-        for table, by_name in tables.items()
-    }
-
-
-def foreign(tables):
-    jumps = set(rules.JUMPS)
-    return {
-        table: {
-            chain: [rule for rule in texts if rules.Jump(table, chain, rule) not in jumps]
-            for chain, texts in by_name.items()
-            if not chains.is_ours(table, chain)
-        }
-        for table, by_name in tables.items()
-    }
-
-
-def steps(batches):
-    """Yield each table section as an input of its own: what the kernel does atomically."""
-    for batch in batches:
-        for section in batch.sections:
-            yield plan.Batch((section,)).render()
 
 
 @st.composite
