@@ -38,6 +38,7 @@ from kubeproxy_py import (
     pages,
     recorder,
     sync,
+    sync_loop,
     sysctls,
     watch,
 )
@@ -82,7 +83,7 @@ class Daemon:
         self._failure: str | None = None
         self._threads: list[threading.Thread] = []
         self._undo: list[Callable[[], None]] = []
-        self._loops: dict[IPFamily, sync.SyncLoop] = {}
+        self._loops: dict[IPFamily, sync_loop.SyncLoop] = {}
         self._node_name = host.node_name(settings.hostname_override)
         # What cannot work on any node is refused before anything on this one is touched.
         for family in IPFamily:
@@ -281,7 +282,7 @@ class Daemon:
         found: host.Host,
         reconciler: conntrack.Reconciler,
         watcher: events.NftWatcher | infos.LegacyWatcher | None,
-    ) -> sync.SyncLoop:
+    ) -> sync_loop.SyncLoop:
         facts = options.Facts(
             node_name=self._node_name,
             node_ips=ips,
@@ -347,7 +348,7 @@ class Daemon:
             audit_s=period_s * (_AUDIT_PERIODS[kernel.backend] if watcher else 1),
             min_interval_s=self._settings.min_sync_period_s,
         )
-        return sync.SyncLoop(
+        return sync_loop.SyncLoop(
             family,
             syncer,
             pacer,

@@ -7,7 +7,7 @@ can do about it.
 """
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Final, Literal
 
 import msgspec
@@ -172,3 +172,12 @@ class Suspects:
 def _some(culprits: Iterable[Culprit]) -> tuple[Culprit, ...]:
     ordered = sorted(culprits, key=lambda culprit: (culprit.process, culprit.pid or 0))
     return tuple(ordered[:_MAX_CULPRITS])
+
+
+def told(culprits: Collection[Culprit]) -> dict[str, object]:
+    """Return who did it, as a log line has it."""
+    return {
+        "process": ", ".join(dict.fromkeys(who.process for who in culprits)) or "unknown",
+        "pid": [who.pid for who in culprits],
+        "parent": ", ".join(dict.fromkeys(who.parent for who in culprits if who.parent)) or None,
+    }

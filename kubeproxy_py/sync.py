@@ -2,11 +2,10 @@
 The recipe: changed Services → desired chains → batches → kernel, for one family.
 
 It decides nothing itself: what rules there should be (``ruleset``), what must be written
-(``iptables.plan``) and when (``pacer``) are other modules' business. The invariant it guards: after
+(``iptables.plan``) and when (``sync_loop``) are other modules' business. The invariant it guards: after
 an error nothing is assumed about the kernel; it is read again before anything is written.
 """
 
-import threading
 import time
 from collections.abc import Callable, Collection, Mapping
 from typing import Final, Protocol
@@ -14,13 +13,12 @@ from typing import Final, Protocol
 import msgspec
 import structlog
 
-from kubeproxy_py import conntrack, drift, rules
+from kubeproxy_py import conntrack, drift, echoes, rules
 from kubeproxy_py.dispatch import ChainId
 from kubeproxy_py.errors import BatchRejected, IptablesError, LockTimeout
 from kubeproxy_py.iptables import chains, plan
 from kubeproxy_py.metrics import Metrics
 from kubeproxy_py.model import IPFamily, ServiceName, ServiceState
-from kubeproxy_py.pacer import Outcome, Pacer
 from kubeproxy_py.quarantine import Quarantine
 from kubeproxy_py.ruleset import HealthCheck, Ruleset
 from kubeproxy_py.store import Changes, Store
@@ -36,10 +34,6 @@ _TABLES: Final = (rules.FILTER, rules.NAT)
 _MAX_REFUSALS: Final = 20
 # A flush makes thousands drift; the first few tell what happened.
 _NAMED_CHAINS: Final = 10
-# For a status page: a screenful.
-_KEPT_REPAIRS: Final = 20
-# How long a fight lets rules be wrong at most, unless told otherwise: kube-proxy's period.
-_LONGEST_WAIT_S: Final = 30.0
 
 
 class Kernel(Protocol):
@@ -47,14 +41,6 @@ class Kernel(Protocol):
 
     def save(self) -> chains.Tables: ...
     def restore(self, text: str) -> None: ...
-
-
-class Health(Protocol):
-    """What a sync tells the health server."""
-
-    def started(self, family: IPFamily) -> None: ...
-    def queued(self, family: IPFamily) -> None: ...
-    def updated(self, family: IPFamily) -> None: ...
 
 
 class Effects(msgspec.Struct, frozen=True, kw_only=True):
@@ -117,7 +103,7 @@ class Syncer:
         self._wall_clock = wall_clock
         # What the kernel has; None: unknown.
         self._live: chains.Tables | None = None
-        self._echoes = Echoes()
+        self._echoes = echoes.Echoes()
         self._quarantine = Quarantine()
         #: Services that are set aside because their rules were refused.
         self.quarantined: tuple[ServiceName, ...] = ()
@@ -419,7 +405,7 @@ class Syncer:
                 kind=repair.kind,
                 count=repair.count,
                 chains=list(repair.chains),
-                **_told(repair.culprits),
+                **drift.told(repair.culprits),
             )
 
     def _finish(self, result: SyncResult) -> None:
@@ -467,47 +453,6 @@ class Syncer:
         kind.labels(family).observe(seconds)
 
 
-class Echoes:
-    """Chains that read back otherwise than they were written.
-
-    Other versions of iptables print some rules in another way than the one that ours are written
-    in. Such a chain would look foreign at every look, and be written again for ever.
-    """
-
-    def __init__(self) -> None:
-        self._written: dict[ChainId, tuple[str, ...]] = {}
-        self._read: dict[ChainId, tuple[str, ...]] = {}
-
-    def learn(self, live: chains.Tables, desired: chains.Tables) -> None:
-        """Remember what differs in *live*, read just after *desired* was written."""
-        for table, wanted in desired.items():
-            for chain, texts in wanted.items():
-                found = live.get(table, {}).get(chain)
-                # Only another spelling will do: another program may have been that fast as well.
-                if found is not None and found != texts and _targets(found) == _targets(texts):
-                    self._written[ChainId(table, chain)] = texts
-                    self._read[ChainId(table, chain)] = found
-
-    def undo(self, live: chains.Tables) -> None:
-        """Put in *live* what was written in the place of what it is known to be read as."""
-        for chain, found in self._read.items():
-            if live.get(chain.table, {}).get(chain.chain) == found:
-                live[chain.table][chain.chain] = self._written[chain]
-
-
-def _told(culprits: Collection[drift.Culprit]) -> dict[str, object]:
-    """Return who did it, as a log line has it."""
-    return {
-        "process": ", ".join(dict.fromkeys(who.process for who in culprits)) or "unknown",
-        "pid": [who.pid for who in culprits],
-        "parent": ", ".join(dict.fromkeys(who.parent for who in culprits if who.parent)) or None,
-    }
-
-
-def _targets(texts: tuple[str, ...]) -> list[str]:
-    return [f" {text}".partition(" -j ")[2].partition(" ")[0] for text in texts]
-
-
 def _adopt(live: chains.Tables, desired: chains.Tables) -> None:
     """Keep of *live* only what later plans compare with, sharing the text with *desired*."""
     for table, live_chains in list(live.items()):
@@ -517,132 +462,3 @@ def _adopt(live: chains.Tables, desired: chains.Tables) -> None:
             for name, texts in live_chains.items()
             if chains.is_ours(table, name) or name in chains.BUILTIN or name == rules.FIREWALL
         }
-
-
-class SyncLoop:
-    """Runs a Syncer whenever its Pacer says so, until stopped."""
-
-    def __init__(
-        self,
-        family: IPFamily,
-        syncer: Syncer,
-        pacer: Pacer,
-        *,
-        health: Health,
-        metrics: Metrics,
-        suspects: drift.Suspects | None = None,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
-        self._family = family
-        self._syncer = syncer
-        self._pacer = pacer
-        self._health = health
-        self._metrics = metrics
-        self._clock = clock
-        self._wake = threading.Condition()
-        # Guarded by the condition: the pacer, and
-        self._is_stopped = False
-        self._suspects = suspects or drift.Suspects(_LONGEST_WAIT_S)
-        # Only the loop's own: what the sync that runs looks at, and what it repaired.
-        self._look: drift.Look | None = None
-        self._has_repaired = False
-        #: The last few repairs, the newest last. Replaced as a whole: other threads read it.
-        self.repairs: tuple[drift.Repair, ...] = ()
-
-    def nudge(self) -> None:
-        """Say that there is something to sync. Cheap; from any thread."""
-        self._health.queued(self._family)
-        self._metrics.sync_last_queued_timestamp.labels(self._family.value).set_to_current_time()
-        with self._wake:
-            self._pacer.request(self._clock())
-            self._wake.notify()
-
-    def suspect(self, suspicion: drift.Suspicion) -> None:
-        """Say that others touched what may be ours. Cheap; from any thread."""
-        with self._wake:
-            self._suspects.add(suspicion, self._clock())
-            self._wake.notify()
-
-    def stop(self) -> None:
-        with self._wake:
-            self._is_stopped = True
-            self._wake.notify()
-
-    def run(self) -> None:
-        """Sync until stopped. Raises whatever is not an IptablesError."""
-        self._health.started(self._family)
-        self._metrics.sync_last_queued_timestamp.labels(self._family.value).set_to_current_time()
-        while self._wait():
-            started = self._clock()
-            outcome = self._sync()
-            ended = self._clock()
-            with self._wake:
-                self._pacer.finished(ended, took_s=ended - started, outcome=outcome)
-                self._pacer.remind(self._syncer.retry_at)
-                self._finish_look(ended)
-
-    def _wait(self) -> bool:
-        """Wait until a sync is due; False when stopped."""
-        with self._wake:
-            while not self._is_stopped:
-                now = self._clock()
-                if self._suspects.due_at() <= now:
-                    self._pacer.request(now)
-                left = self._pacer.due_at() - now
-                if left <= 0:
-                    self._look = self._suspects.take(now)
-                    if self._look is not None:
-                        self._syncer.look(self._look)
-                    elif self._pacer.take_look(now):
-                        # Whether the kernel still has what it was given.
-                        self._syncer.forget_live()
-                    self._pacer.started()
-                    return True
-                suspects_at = self._suspects.due_at()
-                if suspects_at > now:
-                    left = min(left, suspects_at - now)
-                self._wake.wait(min(left, threading.TIMEOUT_MAX))
-            return False
-
-    def _finish_look(self, now: float) -> None:
-        if self._look is None:
-            return
-        contest = self._suspects.finished(self._look, now, has_repaired=self._has_repaired)
-        self._look = None
-        if contest is not None:
-            log.warning(
-                "drift.contested",
-                ip_family=self._family.value,
-                chains=[f"{table}/{chain}" for table, chain in sorted(contest.chains or ())][
-                    :_NAMED_CHAINS
-                ]
-                or "any",
-                wait_s=contest.wait_s,
-                **_told(contest.culprits),
-            )
-
-    def _sync(self) -> Outcome:
-        self._has_repaired = False
-        try:
-            result = self._syncer.sync()
-            if result is not None:
-                self._has_repaired = bool(result.repairs)
-                self.repairs = (*self.repairs, *result.repairs)[-_KEPT_REPAIRS:]
-                self._health.updated(self._family)
-        except LockTimeout as error:
-            log.warning("sync.delayed", ip_family=self._family.value, error=str(error))
-        except IptablesError as error:
-            log.error(  # noqa: TRY400 - the cause is another program; our stack says nothing
-                "sync.failed",
-                ip_family=self._family.value,
-                error=str(error),
-                excerpt=getattr(error, "excerpt", "") or None,
-            )
-            self._health.queued(self._family)
-            with self._wake:
-                is_disturbed = self._suspects.due_at() <= self._clock()
-            return "disturbed" if is_disturbed else "failed"
-        else:
-            return "ok"
-        self._health.queued(self._family)
-        return "locked"

@@ -8,7 +8,7 @@ from kubeproxy_py.dispatch import ChainId
 from kubeproxy_py.drift import Culprit, Look, Suspects, Suspicion
 from kubeproxy_py.errors import IptablesError
 from kubeproxy_py.pacer import Pacer
-from kubeproxy_py.sync import SyncLoop
+from kubeproxy_py.sync_loop import SyncLoop
 from tests.support.builders import make_node, make_service, make_slice
 from tests.support.world import V4, World, desired
 

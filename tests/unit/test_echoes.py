@@ -4,7 +4,7 @@ import pytest
 
 from kubeproxy_py import rules
 from kubeproxy_py.dispatch import ChainId
-from kubeproxy_py.sync import Echoes
+from kubeproxy_py.echoes import Echoes
 from tests.support.builders import make_service, make_slice
 from tests.support.fake_iptables import FakeIptables
 from tests.unit.test_sync import World, desired, own

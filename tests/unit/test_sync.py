@@ -15,7 +15,7 @@ from kubeproxy_py.metrics import Metrics
 from kubeproxy_py.model import ServiceName
 from kubeproxy_py.pacer import Pacer
 from kubeproxy_py.ruleset import HealthCheck
-from kubeproxy_py.sync import SyncLoop
+from kubeproxy_py.sync_loop import SyncLoop
 from tests.support import fake_iptables, states
 from tests.support.builders import make_node, make_port, make_service, make_slice
 from tests.support.fake_iptables import FakeIptables

@@ -1,0 +1,40 @@
+"""
+Spellings: what chains read back as, where that differs from how they were written.
+
+Other versions of iptables print some rules in another way than the one that ours are written in.
+"""
+
+from kubeproxy_py.dispatch import ChainId
+from kubeproxy_py.iptables import chains
+
+
+class Echoes:
+    """Chains that read back otherwise than they were written.
+
+    Other versions of iptables print some rules in another way than the one that ours are written
+    in. Such a chain would look foreign at every look, and be written again for ever.
+    """
+
+    def __init__(self) -> None:
+        self._written: dict[ChainId, tuple[str, ...]] = {}
+        self._read: dict[ChainId, tuple[str, ...]] = {}
+
+    def learn(self, live: chains.Tables, desired: chains.Tables) -> None:
+        """Remember what differs in *live*, read just after *desired* was written."""
+        for table, wanted in desired.items():
+            for chain, texts in wanted.items():
+                found = live.get(table, {}).get(chain)
+                # Only another spelling will do: another program may have been that fast as well.
+                if found is not None and found != texts and _targets(found) == _targets(texts):
+                    self._written[ChainId(table, chain)] = texts
+                    self._read[ChainId(table, chain)] = found
+
+    def undo(self, live: chains.Tables) -> None:
+        """Put in *live* what was written in the place of what it is known to be read as."""
+        for chain, found in self._read.items():
+            if live.get(chain.table, {}).get(chain.chain) == found:
+                live[chain.table][chain.chain] = self._written[chain]
+
+
+def _targets(texts: tuple[str, ...]) -> list[str]:
+    return [f" {text}".partition(" -j ")[2].partition(" ")[0] for text in texts]

@@ -1,0 +1,165 @@
+"""
+When a family is synced: waits for changes, suspicions and periods, and runs the Syncer.
+
+All times come from the ``pacer``. The invariant it guards: a nudge is never lost, whenever it comes.
+"""
+
+import threading
+import time
+from collections.abc import Callable
+from typing import Final, Protocol
+
+import structlog
+
+from kubeproxy_py import drift
+from kubeproxy_py.errors import IptablesError, LockTimeout
+from kubeproxy_py.metrics import Metrics
+from kubeproxy_py.model import IPFamily
+from kubeproxy_py.pacer import Outcome, Pacer
+from kubeproxy_py.sync import Syncer
+
+log = structlog.get_logger()
+
+# For a status page: a screenful.
+_KEPT_REPAIRS: Final = 20
+# How long a fight lets rules be wrong at most, unless told otherwise: kube-proxy's period.
+_LONGEST_WAIT_S: Final = 30.0
+# Enough to tell what a fight is about.
+_NAMED_CHAINS: Final = 10
+
+
+class Health(Protocol):
+    """What a sync tells the health server."""
+
+    def started(self, family: IPFamily) -> None: ...
+    def queued(self, family: IPFamily) -> None: ...
+    def updated(self, family: IPFamily) -> None: ...
+
+
+class SyncLoop:
+    """Runs a Syncer whenever its Pacer says so, until stopped."""
+
+    def __init__(
+        self,
+        family: IPFamily,
+        syncer: Syncer,
+        pacer: Pacer,
+        *,
+        health: Health,
+        metrics: Metrics,
+        suspects: drift.Suspects | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._family = family
+        self._syncer = syncer
+        self._pacer = pacer
+        self._health = health
+        self._metrics = metrics
+        self._clock = clock
+        self._wake = threading.Condition()
+        # Guarded by the condition: the pacer, and
+        self._is_stopped = False
+        self._suspects = suspects or drift.Suspects(_LONGEST_WAIT_S)
+        # Only the loop's own: what the sync that runs looks at, and what it repaired.
+        self._look: drift.Look | None = None
+        self._has_repaired = False
+        #: The last few repairs, the newest last. Replaced as a whole: other threads read it.
+        self.repairs: tuple[drift.Repair, ...] = ()
+
+    def nudge(self) -> None:
+        """Say that there is something to sync. Cheap; from any thread."""
+        self._health.queued(self._family)
+        self._metrics.sync_last_queued_timestamp.labels(self._family.value).set_to_current_time()
+        with self._wake:
+            self._pacer.request(self._clock())
+            self._wake.notify()
+
+    def suspect(self, suspicion: drift.Suspicion) -> None:
+        """Say that others touched what may be ours. Cheap; from any thread."""
+        with self._wake:
+            self._suspects.add(suspicion, self._clock())
+            self._wake.notify()
+
+    def stop(self) -> None:
+        with self._wake:
+            self._is_stopped = True
+            self._wake.notify()
+
+    def run(self) -> None:
+        """Sync until stopped. Raises whatever is not an IptablesError."""
+        self._health.started(self._family)
+        self._metrics.sync_last_queued_timestamp.labels(self._family.value).set_to_current_time()
+        while self._wait():
+            started = self._clock()
+            outcome = self._sync()
+            ended = self._clock()
+            with self._wake:
+                self._pacer.finished(ended, took_s=ended - started, outcome=outcome)
+                self._pacer.remind(self._syncer.retry_at)
+                self._finish_look(ended)
+
+    def _wait(self) -> bool:
+        """Wait until a sync is due; False when stopped."""
+        with self._wake:
+            while not self._is_stopped:
+                now = self._clock()
+                if self._suspects.due_at() <= now:
+                    self._pacer.request(now)
+                left = self._pacer.due_at() - now
+                if left <= 0:
+                    self._look = self._suspects.take(now)
+                    if self._look is not None:
+                        self._syncer.look(self._look)
+                    elif self._pacer.take_look(now):
+                        # Whether the kernel still has what it was given.
+                        self._syncer.forget_live()
+                    self._pacer.started()
+                    return True
+                suspects_at = self._suspects.due_at()
+                if suspects_at > now:
+                    left = min(left, suspects_at - now)
+                self._wake.wait(min(left, threading.TIMEOUT_MAX))
+            return False
+
+    def _finish_look(self, now: float) -> None:
+        if self._look is None:
+            return
+        contest = self._suspects.finished(self._look, now, has_repaired=self._has_repaired)
+        self._look = None
+        if contest is not None:
+            log.warning(
+                "drift.contested",
+                ip_family=self._family.value,
+                chains=[f"{table}/{chain}" for table, chain in sorted(contest.chains or ())][
+                    :_NAMED_CHAINS
+                ]
+                or "any",
+                wait_s=contest.wait_s,
+                **drift.told(contest.culprits),
+            )
+
+    def _sync(self) -> Outcome:
+        self._has_repaired = False
+        try:
+            result = self._syncer.sync()
+            if result is not None:
+                self._has_repaired = bool(result.repairs)
+                self.repairs = (*self.repairs, *result.repairs)[-_KEPT_REPAIRS:]
+                self._health.updated(self._family)
+        except LockTimeout as error:
+            log.warning("sync.delayed", ip_family=self._family.value, error=str(error))
+        except IptablesError as error:
+            log.error(  # noqa: TRY400 - the cause is another program; our stack says nothing
+                "sync.failed",
+                ip_family=self._family.value,
+                error=str(error),
+                excerpt=getattr(error, "excerpt", "") or None,
+            )
+            self._health.queued(self._family)
+            with self._wake:
+                is_disturbed = self._suspects.due_at() <= self._clock()
+            return "disturbed" if is_disturbed else "failed"
+        else:
+            return "ok"
+        self._health.queued(self._family)
+        return "locked"
