@@ -85,10 +85,20 @@ class Dispatch:
 
     def replace(self, name: ServicePortName, entries: Sequence[rules.Entry]) -> None:
         """Let *entries* be all there is of *name*; none removes it."""
+        by_chain: dict[tuple[str, str], list[rules.Entry]] = {}
+        for entry in entries:
+            by_chain.setdefault((entry.table, entry.chain), []).append(entry)
         for chain, shared in self._shared.items():
-            wanted = tuple(entry for entry in entries if entry[:2] == chain)
-            if shared.replace(name, wanted):
+            if shared.replace(name, tuple(by_chain.get(chain, ()))):
                 self._changed.add(chain)
+
+    def owner(self, rule: str) -> ServicePortName | None:
+        """Return whose *rule* this is, or None. Looks through all there is."""
+        for shared in self._shared.values():
+            for name, entries in shared.entries.items():
+                if any(entry.rule == rule for entry in entries):
+                    return name
+        return None
 
     def take_changed(self) -> dict[ChainId, tuple[str, ...] | None]:
         """Return the rules of every chain that changed since this was last called; None: gone."""
@@ -109,7 +119,8 @@ class _Shared:
         self._name = name
         self._layout = layout
         self._family = family
-        self._entries: dict[ServicePortName, tuple[rules.Entry, ...]] = {}
+        #: What each ServicePort that has something here wants to have here.
+        self.entries: dict[ServicePortName, tuple[rules.Entry, ...]] = {}
         self._count = 0
         self._is_split = layout == "tree"
         self._by_address = trees.Tree(
@@ -123,13 +134,13 @@ class _Shared:
 
     def replace(self, name: ServicePortName, entries: tuple[rules.Entry, ...]) -> bool:
         """Return whether this changed anything."""
-        old = self._entries.get(name, ())
+        old = self.entries.get(name, ())
         if old == entries:
             return False
         if entries:
-            self._entries[name] = entries
+            self.entries[name] = entries
         else:
-            del self._entries[name]
+            del self.entries[name]
         self._count += len(entries) - len(old)
         if self._is_split:
             self._plant(name, old, entries)
@@ -147,9 +158,7 @@ class _Shared:
         else:
             yield (
                 self._name,
-                tuple(
-                    entry.rule for name in sorted(self._entries) for entry in self._entries[name]
-                ),
+                tuple(entry.rule for name in sorted(self.entries) for entry in self.entries[name]),
             )
 
     def _choose(self) -> None:
@@ -157,11 +166,11 @@ class _Shared:
             return
         if not self._is_split and self._count > _SPLIT_ABOVE:
             self._is_split = True
-            for name, entries in self._entries.items():
+            for name, entries in self.entries.items():
                 self._plant(name, (), entries)
         elif self._is_split and self._count < _JOIN_BELOW:
             self._is_split = False
-            for name, entries in self._entries.items():
+            for name, entries in self.entries.items():
                 self._plant(name, entries, ())
 
     def _plant(
