@@ -182,12 +182,12 @@ class _Shared:
         """Bring what *name* has in the trees from *old* to *new*."""
         before, after = _by_key(old), _by_key(new)
         for key in dict.fromkeys((*before, *after)):
-            if before.get(key) == after.get(key):
+            texts = after.get(key, ())
+            if before.get(key, ()) == texts:
                 continue
             address, protocol, port = key
-            texts = tuple(entry.rule for entry in after.get(key, ()))
             if address:
-                self._by_address.replace(int(ipaddress.ip_address(address)), name, texts)
+                self._by_address.replace(addresses.to_int(address), name, texts)
             else:
                 value = _PROTOCOLS.index(protocol) << 16 | port
                 self._by_port.replace(value, name, texts)
@@ -196,12 +196,13 @@ class _Shared:
 _Key = tuple[str, Protocol, int]
 
 
-def _by_key(entries: tuple[rules.Entry, ...]) -> dict[_Key, list[rules.Entry]]:
-    keyed: dict[_Key, list[rules.Entry]] = {}
+def _by_key(entries: tuple[rules.Entry, ...]) -> dict[_Key, tuple[str, ...]]:
+    """Return the rules by what a tree finds them by."""
+    keyed: dict[_Key, tuple[str, ...]] = {}
     for entry in entries:
         # Several ports at one address share a leaf, so the port is no part of an address's key.
         key: _Key = (entry.address, "tcp", 0) if entry.address else ("", entry.protocol, entry.port)
-        keyed.setdefault(key, []).append(entry)
+        keyed[key] = (*keyed.get(key, ()), entry.rule)
     return keyed
 
 

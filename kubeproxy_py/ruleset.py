@@ -52,8 +52,8 @@ class Ruleset:
         self.options = options
         #: Everything we want to be there, including chains without rules.
         self.tables: Tables = {}
-        #: Chains that changed since ``take_touched``.
-        self._touched: set[ChainId] = set()
+        #: Chains that changed since ``take_touched``, by table: pairs would be as many objects more.
+        self._touched: dict[str, set[str]] = {}
         self._services: dict[ServiceName, _Service] = {}
         self._dispatch = dispatch.Dispatch(options.family, options.layout)
         self._rule_counts: dict[str, int] = {rules.FILTER: 0, rules.NAT: 0, rules.MANGLE: 0}
@@ -104,15 +104,15 @@ class Ruleset:
     def _apply_options(self) -> None:
         for table, chains in rules.fixed_chains(self.options).items():
             for chain, texts in chains.items():
-                self._set(ChainId(table, chain), texts)
+                self._set(table, chain, texts)
         self._dispatch.set_tail(rules.node_port_jumps(self.options))
 
     def _apply_dispatch(self) -> None:
         for chain, texts in self._dispatch.take_changed().items():
             if texts is not None:
-                self._set(chain, texts)
+                self._set(*chain, texts)
             else:
-                self._drop(chain)
+                self._drop(*chain)
 
     def _replace(self, name: ServiceName, state: ServiceState | None) -> None:
         old = self._services.get(name, _NO_SERVICE)
@@ -152,9 +152,9 @@ class Ruleset:
         self._lacking = (internal, external)
         for chain in old.chains:
             if chain not in chains:
-                self._drop(ChainId(rules.NAT, chain))
+                self._drop(rules.NAT, chain)
         for chain in new.chains:
-            self._set(ChainId(rules.NAT, chain), chains[chain])
+            self._set(rules.NAT, chain, chains[chain])
         for key, fragment in fragments.items():
             self._dispatch.replace(_port_name(name, key), fragment.entries)
         for key in () if old.state is None else old.state.ports:
@@ -167,26 +167,31 @@ class Ruleset:
             for key, port in state.ports.items()
         }
 
-    def _set(self, chain: ChainId, texts: tuple[str, ...]) -> None:
-        chains = self.tables.setdefault(chain.table, {})
-        old = chains.get(chain.chain)
+    def _set(self, table: str, chain: str, texts: tuple[str, ...]) -> None:
+        chains = self.tables.setdefault(table, {})
+        old = chains.get(chain)
         if old != texts:
-            chains[chain.chain] = texts
-            self._rule_counts[chain.table] += len(texts) - len(old or ())
-            self._touched.add(chain)
+            chains[chain] = texts
+            self._rule_counts[table] += len(texts) - len(old or ())
+            self._touch(table, chain)
 
-    def _drop(self, chain: ChainId) -> None:
+    def _drop(self, table: str, chain: str) -> None:
         # A tree's chain may have come and gone between two looks.
-        old = self.tables[chain.table].pop(chain.chain, ())
-        self._rule_counts[chain.table] -= len(old)
-        self._touched.add(chain)
+        old = self.tables[table].pop(chain, ())
+        self._rule_counts[table] -= len(old)
+        self._touch(table, chain)
+
+    def _touch(self, table: str, chain: str) -> None:
+        self._touched.setdefault(table, set()).add(chain)
 
     # Asking --------------------------------------------------------------------------------------
 
     def take_touched(self) -> frozenset[ChainId]:
         """Return the chains that changed, or went, since this was last called."""
-        touched = frozenset(self._touched)
-        self._touched.clear()
+        touched = frozenset(
+            ChainId(table, chain) for table, chains in self._touched.items() for chain in chains
+        )
+        self._touched = {}
         return touched
 
     def groups(self, names: Iterable[ServiceName] | None = None) -> Iterator[tuple[str, ...]]:

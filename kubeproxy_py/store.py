@@ -59,7 +59,7 @@ class _Family:
         if ports is None:
             return None
         slices = self.slices.get(name, {})
-        return ServiceState(ports, records.merge_slices(slices[key] for key in sorted(slices)))
+        return ServiceState(ports, records.merge_slices([slices[key] for key in sorted(slices)]))
 
 
 class Store:
