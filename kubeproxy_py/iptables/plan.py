@@ -53,9 +53,11 @@ class Section(msgspec.Struct, frozen=True):
         """Yield the input in pieces of one or more lines, each without its last newline."""
         yield f"*{self.table}"
         # Declaring a chain empties it: chains to write start clean, chains to delete end empty.
-        for chain in (*self.write, *self.delete):
+        # By name, which within one table's transaction is as good as any other order: iptables-legacy
+        # takes a third less time for 10,000 Services when chains come in the order it keeps them in.
+        for chain in sorted((*self.write, *self.delete)):
             yield f":{chain} - [0:0]"
-        for chain, texts in self.write.items():
+        for chain, texts in sorted(self.write.items()):
             if texts:
                 yield f"-A {chain} " + f"\n-A {chain} ".join(texts)
         for jump in self.insert:

@@ -272,8 +272,8 @@ def lines(section):
     """Return what a section should be told in: a line for each chain, rule and frame."""
     return [
         f"*{section.table}",
-        *(f":{chain} - [0:0]" for chain in (*section.write, *section.delete)),
-        *(f"-A {chain} {text}" for chain, texts in section.write.items() for text in texts),
+        *(f":{chain} - [0:0]" for chain in sorted((*section.write, *section.delete))),
+        *(f"-A {chain} {text}" for chain in sorted(section.write) for text in section.write[chain]),
         *(f"-I {jump.builtin} {jump.rule}" for jump in section.insert),
         *(f"-D {jump.builtin} {jump.rule}" for jump in section.remove),
         *(f"-X {chain}" for chain in section.delete),
