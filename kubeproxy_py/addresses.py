@@ -69,6 +69,12 @@ def family_of(text: str) -> IPFamily:
     return IPFamily.V6 if ":" in text else IPFamily.V4
 
 
+def to_int(ip: str) -> int:
+    """Return a canonical address as a number."""
+    kind = socket.AF_INET6 if ":" in ip else socket.AF_INET
+    return int.from_bytes(socket.inet_pton(kind, ip), "big")
+
+
 def is_zero_cidr(cidr: str) -> bool:
     """Tell whether a canonical CIDR contains every address of its family."""
     return cidr.endswith("/0")

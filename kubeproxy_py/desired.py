@@ -139,9 +139,6 @@ def build(
     assert changes is not None
     states = {name: state for name, state in changes.services.items() if state is not None}
     ruleset.apply(states)
-    if ruleset.is_large:
-        large = options.with_scale(ruleset.options, is_large=True)
-        ruleset.rebuild(large, states)
     return ruleset
 
 

@@ -85,10 +85,20 @@ class Dispatch:
 
     def replace(self, name: ServicePortName, entries: Sequence[rules.Entry]) -> None:
         """Let *entries* be all there is of *name*; none removes it."""
+        by_chain: dict[tuple[str, str], list[rules.Entry]] = {}
+        for entry in entries:
+            by_chain.setdefault((entry.table, entry.chain), []).append(entry)
         for chain, shared in self._shared.items():
-            wanted = tuple(entry for entry in entries if entry[:2] == chain)
-            if shared.replace(name, wanted):
+            if shared.replace(name, tuple(by_chain.get(chain, ()))):
                 self._changed.add(chain)
+
+    def owner(self, rule: str) -> ServicePortName | None:
+        """Return whose *rule* this is, or None. Looks through all there is."""
+        for shared in self._shared.values():
+            for name, entries in shared.entries.items():
+                if any(entry.rule == rule for entry in entries):
+                    return name
+        return None
 
     def take_changed(self) -> dict[ChainId, tuple[str, ...] | None]:
         """Return the rules of every chain that changed since this was last called; None: gone."""
@@ -109,7 +119,8 @@ class _Shared:
         self._name = name
         self._layout = layout
         self._family = family
-        self._entries: dict[ServicePortName, tuple[rules.Entry, ...]] = {}
+        #: What each ServicePort that has something here wants to have here.
+        self.entries: dict[ServicePortName, tuple[rules.Entry, ...]] = {}
         self._count = 0
         self._is_split = layout == "tree"
         self._by_address = trees.Tree(
@@ -123,13 +134,13 @@ class _Shared:
 
     def replace(self, name: ServicePortName, entries: tuple[rules.Entry, ...]) -> bool:
         """Return whether this changed anything."""
-        old = self._entries.get(name, ())
+        old = self.entries.get(name, ())
         if old == entries:
             return False
         if entries:
-            self._entries[name] = entries
+            self.entries[name] = entries
         else:
-            del self._entries[name]
+            del self.entries[name]
         self._count += len(entries) - len(old)
         if self._is_split:
             self._plant(name, old, entries)
@@ -147,9 +158,7 @@ class _Shared:
         else:
             yield (
                 self._name,
-                tuple(
-                    entry.rule for name in sorted(self._entries) for entry in self._entries[name]
-                ),
+                tuple(entry.rule for name in sorted(self.entries) for entry in self.entries[name]),
             )
 
     def _choose(self) -> None:
@@ -157,11 +166,11 @@ class _Shared:
             return
         if not self._is_split and self._count > _SPLIT_ABOVE:
             self._is_split = True
-            for name, entries in self._entries.items():
+            for name, entries in self.entries.items():
                 self._plant(name, (), entries)
         elif self._is_split and self._count < _JOIN_BELOW:
             self._is_split = False
-            for name, entries in self._entries.items():
+            for name, entries in self.entries.items():
                 self._plant(name, entries, ())
 
     def _plant(
@@ -173,12 +182,12 @@ class _Shared:
         """Bring what *name* has in the trees from *old* to *new*."""
         before, after = _by_key(old), _by_key(new)
         for key in dict.fromkeys((*before, *after)):
-            if before.get(key) == after.get(key):
+            texts = after.get(key, ())
+            if before.get(key, ()) == texts:
                 continue
             address, protocol, port = key
-            texts = tuple(entry.rule for entry in after.get(key, ()))
             if address:
-                self._by_address.replace(int(ipaddress.ip_address(address)), name, texts)
+                self._by_address.replace(addresses.to_int(address), name, texts)
             else:
                 value = _PROTOCOLS.index(protocol) << 16 | port
                 self._by_port.replace(value, name, texts)
@@ -187,12 +196,13 @@ class _Shared:
 _Key = tuple[str, Protocol, int]
 
 
-def _by_key(entries: tuple[rules.Entry, ...]) -> dict[_Key, list[rules.Entry]]:
-    keyed: dict[_Key, list[rules.Entry]] = {}
+def _by_key(entries: tuple[rules.Entry, ...]) -> dict[_Key, tuple[str, ...]]:
+    """Return the rules by what a tree finds them by."""
+    keyed: dict[_Key, tuple[str, ...]] = {}
     for entry in entries:
         # Several ports at one address share a leaf, so the port is no part of an address's key.
         key: _Key = (entry.address, "tcp", 0) if entry.address else ("", entry.protocol, entry.port)
-        keyed.setdefault(key, []).append(entry)
+        keyed[key] = (*keyed.get(key, ()), entry.rule)
     return keyed
 
 

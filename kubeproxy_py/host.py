@@ -21,6 +21,8 @@ from kubeproxy_py.model import IPFamily
 log = structlog.get_logger()
 
 _PROBE = "KUBE-PROXY-PROBE"
+# From glibc's malloc.h.
+_M_ARENA_MAX = -8
 
 
 class Host(msgspec.Struct, frozen=True):
@@ -133,6 +135,18 @@ def warn_if_unknown(config: KubeProxyConfiguration, *, is_known: bool) -> None:
             message="Can't determine this node's IP, assuming loopback; if this is incorrect, "
             "please set the --bind-address flag",
         )
+
+
+def share_memory() -> None:
+    """Let all threads of this process allocate from one place, where the C library can be told so.
+
+    glibc gives each thread an arena of its own, so that they do not wait for each other; each keeps
+    what it once had. Only one thread runs Python at a time, so there is nothing to wait for. To be
+    called before there are others: an arena that exists stays.
+    """
+    choose = getattr(ctypes.CDLL(None), "mallopt", None)
+    if choose is not None:
+        choose(_M_ARENA_MAX, 1)
 
 
 def release_memory() -> None:

@@ -178,11 +178,6 @@ def rules_options(
     )
 
 
-def with_scale(built: rules.Options, *, is_large: bool) -> rules.Options:
-    """Return *built* for a cluster that is large, or not."""
-    return msgspec.structs.replace(built, is_large=is_large)
-
-
 def doubts(
     config: KubeProxyConfiguration,
     ips: NodeIPs,

@@ -7,9 +7,10 @@ is validated here, so that no string of an object can end a quoted comment or be
 """
 
 import datetime as dt
+import functools
 import re
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import Final, cast
 
 import msgspec
@@ -157,7 +158,13 @@ def _port_key(name: str | None, protocol: str | None, at: str, note: Note) -> Po
     if known is None:
         note(f"{at}.protocol", f"{str(protocol)[:80]!r} is not TCP, UDP or SCTP")
         return None
-    return PortKey(sys.intern(name or ""), known)
+    return _shared_key(name or "", known)
+
+
+@functools.lru_cache(maxsize=4096)
+def _shared_key(name: str, protocol: Protocol) -> PortKey:
+    # The ports of nearly all Services and slices have the same few names.
+    return PortKey(sys.intern(name), protocol)
 
 
 def _is_port(number: int | None) -> bool:
@@ -329,7 +336,9 @@ def slice_record(
         if (ip := _endpoint_ip(endpoint, family, f"endpoints[{index}]", problems.note)) is not None
     ]
     endpoints = {
-        key: tuple(Endpoint(ip, port, *facts) for ip, facts in known) for key, port in ports
+        # Sorted as ``merge_slices`` sorts them, which so need not make another tuple of them.
+        key: tuple(sorted((Endpoint(ip, port, *facts) for ip, facts in known), key=_address_of))
+        for key, port in ports
     }
     record = SliceRecord(
         ServiceName(sys.intern(meta.namespace), service),
@@ -384,6 +393,10 @@ def _endpoint_facts(
     )
 
 
+def _address_of(endpoint: Endpoint) -> str:
+    return endpoint.address
+
+
 _NO_NAMES: Final[frozenset[str]] = frozenset()
 
 
@@ -391,25 +404,27 @@ def _names(hints: list[objects.ForHint] | None) -> frozenset[str]:
     return frozenset(sys.intern(hint.name) for hint in hints) if hints else _NO_NAMES
 
 
-def merge_slices(slices: Iterable[SliceRecord]) -> dict[PortKey, tuple[Endpoint, ...]]:
+def merge_slices(slices: Collection[SliceRecord]) -> dict[PortKey, tuple[Endpoint, ...]]:
     """Merge the slices of one Service and family: no duplicates, sorted by address as text.
 
     Of two entries for one address that is not terminating wins; of two such, the later. The order
     decides which rule has which probability, so it has to be kube-proxy's: bytewise by ``IP:port``.
     """
-    merged: dict[PortKey, dict[str, Endpoint]] = {}
+    by_port: dict[PortKey, dict[str, Endpoint]] = {}
     for record in slices:
         for key, endpoints in record.endpoints.items():
-            by_address = merged.setdefault(key, {})
+            by_address = by_port.setdefault(key, {})
             for endpoint in endpoints:
                 address = endpoint.address
                 if address not in by_address or not endpoint.terminating:
                     by_address[address] = endpoint
-    return {
+    merged = {
         key: tuple(by_address[address] for address in sorted(by_address))
-        for key, by_address in merged.items()
+        for key, by_address in by_port.items()
         if by_address
     }
+    # Nearly all Services have one slice: what is the same is kept once.
+    return next((record.endpoints for record in slices if record.endpoints == merged), merged)
 
 
 def node_record(node: objects.Node) -> Node:

@@ -9,8 +9,8 @@ rule are kube-proxy's: people's eyes and tools know them.
 Every string that reaches a rule was validated where its record was made (``records.py``).
 """
 
-import base64
 import hashlib
+import itertools
 import math
 import zlib
 from collections.abc import Iterable
@@ -48,6 +48,10 @@ INVALID_DROPPED_COUNTER: Final = "ct_state_invalid_dropped_pkts"
 # iptables limits chain names to 28 characters, and kube-proxy's own are 16 base32 characters of a
 # SHA-256: keeping them lets an operator read our rules with the habits and tools there are.
 _HASH_BYTES: Final = 10
+# RFC 4648: what ten bits are in base32.
+_BASE32_PAIRS: Final = tuple(
+    map("".join, itertools.product("ABCDEFGHIJKLMNOPQRSTUVWXYZ234567", repeat=2))
+)
 # Above this many endpoints kube-proxy leaves the per-endpoint comments out, for speed.
 LARGE_CLUSTER_ENDPOINTS: Final = 1000
 # With more endpoints than this the choice is made in two steps, where kube-proxy's layout is not
@@ -134,13 +138,25 @@ class Fragment(msgspec.Struct, frozen=True, gc=False):
 def hash16(*parts: str) -> str:
     """Return kube-proxy's 16-character hash of the concatenation of *parts*."""
     digest = hashlib.sha256("".join(parts).encode()).digest()
-    return base64.b32encode(digest[:_HASH_BYTES]).decode()
+    bits = int.from_bytes(digest[:_HASH_BYTES], "big")
+    pairs = _BASE32_PAIRS
+    # Eight times ten bits. Half of the time that rules take to build would go into base64.b32encode.
+    return (
+        pairs[bits >> 70]
+        + pairs[bits >> 60 & 1023]
+        + pairs[bits >> 50 & 1023]
+        + pairs[bits >> 40 & 1023]
+        + pairs[bits >> 30 & 1023]
+        + pairs[bits >> 20 & 1023]
+        + pairs[bits >> 10 & 1023]
+        + pairs[bits & 1023]
+    )
 
 
 class _Names:
     """The chain names of one ServicePort."""
 
-    __slots__ = ("_port", "ext", "fw", "svc", "svl")
+    __slots__ = ("_port", "_seps", "ext", "fw", "svc", "svl")
 
     def __init__(self, name: ServicePortName) -> None:
         self._port = str(name) + name.protocol
@@ -149,9 +165,14 @@ class _Names:
         self.svl = f"KUBE-SVL-{digest}"
         self.fw = f"KUBE-FW-{digest}"
         self.ext = f"KUBE-EXT-{digest}"
+        # Each is asked for at least three times.
+        self._seps: dict[str, str] = {}
 
     def sep(self, address: str) -> str:
-        return f"KUBE-SEP-{hash16(self._port, address)}"
+        name = self._seps.get(address)
+        if name is None:
+            name = self._seps[address] = f"KUBE-SEP-{hash16(self._port, address)}"
+        return name
 
 
 def probability(n: int) -> str:

@@ -31,24 +31,18 @@ class HealthCheck(msgspec.Struct, frozen=True):
     local_endpoints: int
 
 
-class _Service(msgspec.Struct, frozen=True):
-    """What is kept of a Service: its Fragments, and the numbers that others ask for."""
+class _Service(msgspec.Struct, frozen=True, gc=False):
+    """What is kept of a Service. Its rules are where they are used: in tables and dispatch."""
 
-    state: ServiceState | None
-    fragments: dict[PortKey, rules.Fragment]
-    endpoints: int
-    health_check: HealthCheck | None
-
-    @property
-    def lacking(self) -> tuple[int, int]:
-        fragments = self.fragments.values()
-        return (
-            sum(fragment.lacks_internal for fragment in fragments),
-            sum(fragment.lacks_external for fragment in fragments),
-        )
+    state: ServiceState | None = None
+    #: The names of its own chains, in the order in which they were built.
+    chains: tuple[str, ...] = ()
+    #: How many of its ports lack endpoints here for internal and external traffic.
+    lacking: tuple[int, int] = (0, 0)
+    health_check: HealthCheck | None = None
 
 
-_NO_SERVICE: Final = _Service(None, {}, 0, None)
+_NO_SERVICE: Final = _Service()
 
 
 class Ruleset:
@@ -58,8 +52,8 @@ class Ruleset:
         self.options = options
         #: Everything we want to be there, including chains without rules.
         self.tables: Tables = {}
-        #: Chains that changed since ``take_touched``.
-        self._touched: set[ChainId] = set()
+        #: Chains that changed since ``take_touched``, by table: pairs would be as many objects more.
+        self._touched: dict[str, set[str]] = {}
         self._services: dict[ServiceName, _Service] = {}
         self._dispatch = dispatch.Dispatch(options.family, options.layout)
         self._rule_counts: dict[str, int] = {rules.FILTER: 0, rules.NAT: 0, rules.MANGLE: 0}
@@ -73,14 +67,30 @@ class Ruleset:
     # Changing ------------------------------------------------------------------------------------
 
     def apply(self, states: Mapping[ServiceName, ServiceState | None]) -> None:
-        """Let *states* be what is known of these Services; None: gone."""
+        """Let *states* be what is known of these Services; None: gone.
+
+        Where the cluster becomes a large one by it, or is one no more, all Services are built anew:
+        what rules say of endpoints must not depend on history.
+        """
+        self._endpoints += sum(
+            _endpoint_count(state) - _endpoint_count(self.state(name))
+            for name, state in states.items()
+        )
+        # Before anything is built, so that nothing is built twice.
+        is_large = self._endpoints > rules.LARGE_CLUSTER_ENDPOINTS
+        if is_large != self.options.is_large:
+            self.options = msgspec.structs.replace(self.options, is_large=is_large)
+            states = {name: old.state for name, old in self._services.items()} | dict(states)
         for name, state in states.items():
             self._replace(name, state)
         self._apply_dispatch()
 
     def rebuild(self, options: rules.Options, states: Mapping[ServiceName, ServiceState]) -> None:
-        """Let *options* hold, and *states* be all Services there are."""
-        self.options = options
+        """Let *options* hold, and *states* be all Services there are.
+
+        Whether the cluster is a large one follows from *states*, whatever *options* say.
+        """
+        self.options = msgspec.structs.replace(options, is_large=self.options.is_large)
         self._apply_options()
         gone = dict.fromkeys(name for name in self._services if name not in states)
         self.apply({**gone, **states})
@@ -94,21 +104,39 @@ class Ruleset:
     def _apply_options(self) -> None:
         for table, chains in rules.fixed_chains(self.options).items():
             for chain, texts in chains.items():
-                self._set(ChainId(table, chain), texts)
+                self._set(table, chain, texts)
         self._dispatch.set_tail(rules.node_port_jumps(self.options))
 
     def _apply_dispatch(self) -> None:
         for chain, texts in self._dispatch.take_changed().items():
             if texts is not None:
-                self._set(chain, texts)
+                self._set(*chain, texts)
             else:
-                self._drop(chain)
+                self._drop(*chain)
 
     def _replace(self, name: ServiceName, state: ServiceState | None) -> None:
-        old = self._services.pop(name, _NO_SERVICE)
-        new = _NO_SERVICE if state is None else self._build(state)
+        old = self._services.get(name, _NO_SERVICE)
+        fragments = {} if state is None else self._build(state)
+        chains = {
+            chain: texts
+            for fragment in fragments.values()
+            for chain, texts in fragment.chains.items()
+        }
+        new = _NO_SERVICE
         if state is not None:
-            self._services[name] = new
+            # Names that were known are kept as they are, so that each is in memory once.
+            known = {chain: chain for chain in old.chains}
+            new = self._services[name] = _Service(
+                state,
+                tuple(known.get(chain, chain) for chain in chains),
+                (
+                    sum(fragment.lacks_internal for fragment in fragments.values()),
+                    sum(fragment.lacks_external for fragment in fragments.values()),
+                ),
+                _health_check(state),
+            )
+        else:
+            self._services.pop(name, None)
         if new.health_check is not None:
             self._health_checks[name] = new.health_check
         else:
@@ -122,48 +150,48 @@ class Ruleset:
             for total, now, was in zip(self._lacking, new.lacking, old.lacking, strict=True)
         )
         self._lacking = (internal, external)
-        self._endpoints += new.endpoints - old.endpoints
-        before, after = old.fragments, new.fragments
-        for key, fragment in before.items():
-            kept = after[key].chains if key in after else {}
-            for chain in fragment.chains:
-                if chain not in kept:
-                    self._drop(ChainId(rules.NAT, chain))
-        for key, fragment in after.items():
-            for chain, texts in fragment.chains.items():
-                self._set(ChainId(rules.NAT, chain), texts)
+        for chain in old.chains:
+            if chain not in chains:
+                self._drop(rules.NAT, chain)
+        for chain in new.chains:
+            self._set(rules.NAT, chain, chains[chain])
+        for key, fragment in fragments.items():
             self._dispatch.replace(_port_name(name, key), fragment.entries)
-        for key in before.keys() - after.keys():
-            self._dispatch.replace(_port_name(name, key), ())
+        for key in () if old.state is None else old.state.ports:
+            if key not in fragments:
+                self._dispatch.replace(_port_name(name, key), ())
 
-    def _build(self, state: ServiceState) -> _Service:
-        fragments = {
+    def _build(self, state: ServiceState) -> dict[PortKey, rules.Fragment]:
+        return {
             key: rules.build(port, state.endpoints.get(key, ()), self.options)
             for key, port in state.ports.items()
         }
-        endpoints = sum(len(state.endpoints.get(key, ())) for key in state.ports)
-        return _Service(state, fragments, endpoints, _health_check(state))
 
-    def _set(self, chain: ChainId, texts: tuple[str, ...]) -> None:
-        chains = self.tables.setdefault(chain.table, {})
-        old = chains.get(chain.chain)
+    def _set(self, table: str, chain: str, texts: tuple[str, ...]) -> None:
+        chains = self.tables.setdefault(table, {})
+        old = chains.get(chain)
         if old != texts:
-            chains[chain.chain] = texts
-            self._rule_counts[chain.table] += len(texts) - len(old or ())
-            self._touched.add(chain)
+            chains[chain] = texts
+            self._rule_counts[table] += len(texts) - len(old or ())
+            self._touch(table, chain)
 
-    def _drop(self, chain: ChainId) -> None:
+    def _drop(self, table: str, chain: str) -> None:
         # A tree's chain may have come and gone between two looks.
-        old = self.tables[chain.table].pop(chain.chain, ())
-        self._rule_counts[chain.table] -= len(old)
-        self._touched.add(chain)
+        old = self.tables[table].pop(chain, ())
+        self._rule_counts[table] -= len(old)
+        self._touch(table, chain)
+
+    def _touch(self, table: str, chain: str) -> None:
+        self._touched.setdefault(table, set()).add(chain)
 
     # Asking --------------------------------------------------------------------------------------
 
     def take_touched(self) -> frozenset[ChainId]:
         """Return the chains that changed, or went, since this was last called."""
-        touched = frozenset(self._touched)
-        self._touched.clear()
+        touched = frozenset(
+            ChainId(table, chain) for table, chains in self._touched.items() for chain in chains
+        )
+        self._touched = {}
         return touched
 
     def groups(self, names: Iterable[ServiceName] | None = None) -> Iterator[tuple[str, ...]]:
@@ -174,8 +202,7 @@ class Ruleset:
         wanted = self._services if names is None else [n for n in names if n in self._services]
         first = [name for name in _FIRST if name in wanted]
         for name in (*first, *sorted(name for name in wanted if name not in _FIRST)):
-            fragments = self._services[name].fragments.values()
-            yield tuple(chain for fragment in fragments for chain in fragment.chains)
+            yield self._services[name].chains
 
     def state(self, name: ServiceName) -> ServiceState | None:
         """Return the state that *name* has rules for; None: it has none."""
@@ -187,15 +214,15 @@ class Ruleset:
         Looks through all there is: it is asked for what the kernel refused, which is rare.
         """
         for name, service in self._services.items():
-            for fragment in service.fragments.values():
-                if chain in fragment.chains or any(e.rule == rule for e in fragment.entries):
-                    return name
-        return None
+            if chain in service.chains:
+                return name
+        port = self._dispatch.owner(rule)
+        return None if port is None else ServiceName(port.namespace, port.name)
 
     @property
     def is_large(self) -> bool:
         """Tell whether kube-proxy would call this a large cluster."""
-        return self._endpoints > rules.LARGE_CLUSTER_ENDPOINTS
+        return self.options.is_large
 
     @property
     def service_count(self) -> int:
@@ -221,6 +248,13 @@ class Ruleset:
     def udp_services(self) -> list[ServiceState]:
         """Return the Services that have a UDP port, for conntrack."""
         return list(self._udp.values())
+
+
+def _endpoint_count(state: ServiceState | None) -> int:
+    """Count endpoints, once for every ServicePort that has them."""
+    if state is None:
+        return 0
+    return sum(len(state.endpoints.get(key, ())) for key in state.ports)
 
 
 def _health_check(state: ServiceState) -> HealthCheck | None:

@@ -59,7 +59,7 @@ class _Family:
         if ports is None:
             return None
         slices = self.slices.get(name, {})
-        return ServiceState(ports, records.merge_slices(slices[key] for key in sorted(slices)))
+        return ServiceState(ports, records.merge_slices([slices[key] for key in sorted(slices)]))
 
 
 class Store:
@@ -266,22 +266,16 @@ class Store:
         with self._lock:
             return self._node
 
-    def take(self, family: IPFamily, *, everything: bool = False) -> Changes | None:
-        """Hand out what changed since the last time; None before everything was listed.
-
-        Args:
-            family: whose changes.
-            everything: all Services, whether they changed or not.
-        """
+    def take(self, family: IPFamily) -> Changes | None:
+        """Hand out what changed since the last time; None before everything was listed."""
         with self._lock:
             if not self._is_synced():
                 return None
             half = self._families[family]
-            is_everything = everything or half.is_everything_due
-            names = half.ports if is_everything else half.dirty
+            names = half.ports if half.is_everything_due else half.dirty
             changes = Changes(
                 {name: half.state(name) for name in names},
-                is_everything,
+                half.is_everything_due,
                 self._zone,
                 tuple(time for times in half.triggers.values() for time in times),
                 half.has_udp,

@@ -176,23 +176,16 @@ class Syncer:
             # What was programmed before, should the kernel refuse what is to come. A sync that
             # failed programmed nothing, so what stood before it still holds.
             self._before.setdefault(name, ruleset.state(name))
-        names: Collection[ServiceName] | None = services
+        was_large = ruleset.is_large
         if changes.is_everything:
-            names = None
             self._rebuild(services, changes.zone)
         else:
             ruleset.apply(services)
-        if ruleset.is_large != ruleset.options.is_large:
-            names = None
-            everything = self._store.take(self._family, everything=True)
-            assert everything is not None
-            self._trigger_times += everything.trigger_times
-            self._has_stale_udp = self._has_stale_udp or everything.has_udp
-            self._rebuild(self._admitted(everything), everything.zone)
+        is_all = changes.is_everything or ruleset.is_large != was_large
         addresses = self._effects.node_port_addresses()
         if addresses is not None:
             ruleset.set_node_port_addresses(addresses)
-        return names
+        return None if is_all else services
 
     def _admitted(self, changes: Changes) -> dict[ServiceName, ServiceState | None]:
         """Return the Services to build: what changed, and what was set aside and is due again."""
@@ -207,9 +200,7 @@ class Syncer:
         return {**due, **services} if not changes.is_everything else {**services, **due}
 
     def _rebuild(self, services: Mapping[ServiceName, ServiceState | None], zone: str) -> None:
-        options = msgspec.structs.replace(
-            self._ruleset.options, zone=zone, is_large=self._ruleset.is_large
-        )
+        options = msgspec.structs.replace(self._ruleset.options, zone=zone)
         states = {name: state for name, state in services.items() if state is not None}
         self._ruleset.rebuild(options, states)
 

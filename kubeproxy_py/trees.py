@@ -33,17 +33,30 @@ class _Node:
 
     __slots__ = ("children", "count", "is_settled", "rules", "settled_count")
 
-    def __init__(self) -> None:
+    def __init__(self, *, is_leaf: bool) -> None:
         self.count = 0
         #: Chains from here down are right, and were made when there were so many rules.
         self.is_settled = False
         self.settled_count = 0
-        self.children: dict[int, _Node] = {}
-        self.rules: dict[Any, tuple[str, ...]] = {}
+        # Leaves are as many as Services: what they do not have must not cost memory.
+        self.children: dict[int, _Node] = _NO_CHILDREN if is_leaf else {}
+        #: By owner, sorted.
+        self.rules: tuple[tuple[Any, tuple[str, ...]], ...] = ()
+
+    def replace(self, owner: Any, rules: tuple[str, ...]) -> int:
+        """Let *rules* be what *owner* has here; return how many more there are now."""
+        others = [(whose, texts) for whose, texts in self.rules if whose != owner]
+        before = sum(len(texts) for whose, texts in self.rules if whose == owner)
+        self.rules = tuple(sorted([*others, (owner, rules)] if rules else others))
+        return len(rules) - before
 
     @property
     def is_branching(self) -> bool:
         return len(self.children) != 1
+
+
+#: Of every leaf; never written to.
+_NO_CHILDREN: Final[dict[int, _Node]] = {}
 
 
 class Tree:
@@ -60,7 +73,7 @@ class Tree:
     def __init__(self, bits: int, jump: Callable[[Prefix], str]) -> None:
         self._bits = bits
         self._jump = jump
-        self._root = _Node()
+        self._root = _Node(is_leaf=False)
         self._chains: dict[Prefix, tuple[str, ...]] = {}
         #: Those that changed since ``take_changed``.
         self._changed: set[Prefix] = set()
@@ -82,14 +95,9 @@ class Tree:
         for shift in range(self._bits - _STRIDE, -1, -_STRIDE):
             children, digit = path[-1].children, _digit(key, shift)
             if digit not in children:
-                children[digit] = _Node()
+                children[digit] = _Node(is_leaf=not shift)
             path.append(children[digit])
-        leaf = path[-1]
-        difference = len(rules) - len(leaf.rules.get(owner, ()))
-        if rules:
-            leaf.rules[owner] = rules
-        else:
-            leaf.rules.pop(owner, None)
+        difference = path[-1].replace(owner, rules)
         for node in path:
             node.count += difference
             node.is_settled = False
@@ -168,8 +176,8 @@ class Tree:
 
     def _all(self, node: _Node) -> Iterator[str]:
         """Yield the rules under *node*: by key, then by owner, which decides between equal keys."""
-        for owner in sorted(node.rules):
-            yield from node.rules[owner]
+        for _owner, texts in node.rules:
+            yield from texts
         for digit in sorted(node.children):
             yield from self._all(node.children[digit])
 

@@ -14,6 +14,7 @@ Only chains that are ours are declared, rewritten or deleted; in built-in chains
 inserted.
 """
 
+import io
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Final
@@ -48,14 +49,17 @@ class Section(msgspec.Struct, frozen=True):
         """Return how many rules it writes."""
         return sum(map(len, self.write.values()))
 
-    def lines(self) -> Iterator[str]:
+    def pieces(self) -> Iterator[str]:
+        """Yield the input in pieces of one or more lines, each without its last newline."""
         yield f"*{self.table}"
         # Declaring a chain empties it: chains to write start clean, chains to delete end empty.
-        for chain in (*self.write, *self.delete):
+        # By name, which within one table's transaction is as good as any other order: iptables-legacy
+        # takes a third less time for 10,000 Services when chains come in the order it keeps them in.
+        for chain in sorted((*self.write, *self.delete)):
             yield f":{chain} - [0:0]"
-        for chain, texts in self.write.items():
-            for text in texts:
-                yield f"-A {chain} {text}"
+        for chain, texts in sorted(self.write.items()):
+            if texts:
+                yield f"-A {chain} " + f"\n-A {chain} ".join(texts)
         for jump in self.insert:
             yield f"-I {jump.builtin} {jump.rule}"
         for jump in self.remove:
@@ -72,7 +76,13 @@ class Batch(msgspec.Struct, frozen=True):
 
     def render(self) -> str:
         """Return the restore input."""
-        return "".join(f"{line}\n" for section in self.sections for line in section.lines())
+        # Tens of megabytes where a whole table is written: neither copied nor kept in pieces.
+        text = io.StringIO()
+        for section in self.sections:
+            for piece in section.pieces():
+                text.write(piece)
+                text.write("\n")
+        return text.getvalue()
 
     def apply_to(self, live: Tables) -> None:
         """Change *live* as the kernel is changed by this batch."""

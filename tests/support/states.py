@@ -49,7 +49,7 @@ def service_states(
     return {
         name: ServiceState(
             of_service,
-            records.merge_slices(record for record in slices if record.service == name),
+            records.merge_slices([record for record in slices if record.service == name]),
         )
         for name, of_service in ports.items()
     }

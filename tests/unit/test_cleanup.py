@@ -126,7 +126,7 @@ def test_jumps_go_before_the_chains_they_lead_to():
 def test_chains_are_emptied_before_any_of_them_is_deleted():
     # They lead to each other, and a chain that is led to cannot be deleted.
     for section in cleanup.removal(tables(OURS)).sections:
-        lines = list(section.lines())
+        lines = list(section.pieces())
         for name in section.delete:
             first = min(number for number, line in enumerate(lines) if line.startswith("-X "))
             assert lines.index(f":{name} - [0:0]") < first

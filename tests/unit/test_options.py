@@ -268,16 +268,6 @@ def test_rules_get_all_facts_and_the_options_of_their_family():
         assert not built.is_large
 
 
-def test_scale_changes_nothing_but_the_scale():
-    facts = options.Facts(node_name="node1", node_ips=KNOWN)
-    small = options.rules_options(configured(), V4, facts, node_port_addresses=None)
-
-    large = options.with_scale(small, is_large=True)
-
-    assert large.is_large
-    assert options.with_scale(large, is_large=False) == small
-
-
 # Doubts ------------------------------------------------------------------------------------------
 
 UNSET = (

@@ -598,7 +598,13 @@ def test_trigger_time_is_taken_from_the_annotation():
 
 
 def merged(*slices):
-    return records.merge_slices(slice_record(item)[0] for item in slices)
+    return records.merge_slices([slice_record(item)[0] for item in slices])
+
+
+def test_what_one_slice_says_is_not_kept_twice():
+    record, _ = slice_record(make_slice(endpoints=["10.180.1.9", "10.180.1.11"], ports=[80]))
+
+    assert records.merge_slices([record]) is record.endpoints
 
 
 def test_endpoints_are_sorted_as_text():

@@ -81,7 +81,8 @@ def test_load_balancers_cost_what_they_cost_with_kube_proxy(services, endpoints)
 
 # Trees of chains ---------------------------------------------------------------------------------
 
-SIZES = [10, 1000, 30_000]
+# None of them such that one more makes the cluster a large one, which changes comments everywhere.
+SIZES = [10, 900, 30_000]
 FAMILIES = list(IPFamily)
 #: Where the cluster IPs are, as wide as they are by default, and how they are given out: at random.
 CIDRS = {IPFamily.V4: "10.96.0.0/12", IPFamily.V6: "fd00:10:96::/108"}
@@ -140,7 +141,7 @@ def passed(ruleset, packets, chain=SERVICES):
     ("services", "worst", "mean"),
     # Of 10 in a flat chain, half; then a level more, of eight jumps on average, for sixteen times
     # as many.
-    [(10, 10, 6), (1000, 40, 25), (30_000, 60, 40)],
+    [(10, 10, 6), (900, 40, 25), (30_000, 60, 40)],
 )
 def test_a_packet_to_a_service_passes_few_rules_however_many_services(
     services, worst, mean, family
@@ -153,7 +154,7 @@ def test_a_packet_to_a_service_passes_few_rules_however_many_services(
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("services", [1000, 30_000])
+@pytest.mark.parametrize("services", [900, 30_000])
 def test_a_packet_to_no_service_passes_a_few_rules_and_leaves(services, family):
     ruleset, ips = cluster(services, family)
     elsewhere = "203.0.113.2" if family is IPFamily.V4 else "2001:db8::2"
@@ -165,7 +166,7 @@ def test_a_packet_to_no_service_passes_a_few_rules_and_leaves(services, family):
     assert passed(ruleset, strangers)[0] <= 70
 
 
-@pytest.mark.parametrize("services", [1000, 30_000])
+@pytest.mark.parametrize("services", [900, 30_000])
 def test_a_packet_to_a_node_port_passes_few_rules(services):
     ruleset, _ = cluster(services)
     ports = range(30000, 30000 + min(services, 20_000) // 10)
@@ -177,16 +178,16 @@ def test_a_packet_to_a_node_port_passes_few_rules(services):
 
 def test_rules_passed_grow_as_the_logarithm_of_services():
     means = [passed(r, [Packet(ip, 80) for ip in ips])[1] for r, ips in map(cluster, SIZES[1:])]
-    flat, ips = cluster(1000, layout="flat")
+    flat, ips = cluster(900, layout="flat")
 
     # Thirty times as many Services are less than two levels of sixteen.
     assert means[1] - means[0] < 2 * 8
     # And in a flat chain half of them are passed.
-    assert passed(flat, [Packet(ip, 80) for ip in ips])[1] == pytest.approx(500, abs=1)
+    assert passed(flat, [Packet(ip, 80) for ip in ips])[1] == pytest.approx(450, abs=1)
 
 
 @pytest.mark.parametrize(
-    ("services", "family"), [*((size, IPFamily.V4) for size in SIZES), (1000, IPFamily.V6)]
+    ("services", "family"), [*((size, IPFamily.V4) for size in SIZES), (900, IPFamily.V6)]
 )
 def test_a_tree_costs_less_than_half_a_rule_and_half_a_chain_for_each_entry(services, family):
     ruleset, _ = cluster(services, family)
@@ -200,7 +201,7 @@ def test_a_tree_costs_less_than_half_a_rule_and_half_a_chain_for_each_entry(serv
 
 
 @pytest.mark.parametrize(
-    ("services", "layout"), [(10, "flat"), (1000, "flat"), *((size, "auto") for size in SIZES)]
+    ("services", "layout"), [(10, "flat"), (900, "flat"), *((size, "auto") for size in SIZES)]
 )
 def test_one_service_more_restores_its_own_rules_and_a_few_shared_ones(services, layout):
     shared, ips = cluster(services, layout=layout)

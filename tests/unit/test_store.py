@@ -400,27 +400,19 @@ def test_deleted_node_keeps_its_last_verdict(world):
     assert world.store.node.name == "node1"
 
 
-# Asking for everything, and threads --------------------------------------------------------------
+# Everything, and threads --------------------------------------------------------------------------
 
 
-def test_everything_can_be_asked_for_at_any_time(world):
-    changes = world.store.take(V4, everything=True)
+def test_another_zone_means_everything_with_what_changed_and_without_what_went(world):
+    world.put(make_service("svc2", cluster_ip="172.30.0.2"))
+    world.put(make_slice(endpoints=["10.180.1.12"]))
+    world.put(make_node(zone="zone-b"))
+    world.remove(make_service("svc2"))
+    changes = world.store.take(V4)
 
     assert changes.is_everything
-    assert world.addresses(changes=changes) == {"default/svc1": ["10.180.1.11:8080"]}
-
-
-def test_everything_includes_what_changed(world):
-    world.put(make_slice(endpoints=["10.180.1.12"]))
-    world.store.take(V4, everything=True)
-
+    assert world.addresses(changes=changes) == {"default/svc1": ["10.180.1.12:8080"]}
     assert world.addresses() == {}
-
-
-def test_service_that_went_is_not_in_everything(world):
-    world.remove(make_service())
-
-    assert world.addresses(changes=world.store.take(V4, everything=True)) == {}
 
 
 def test_no_change_is_lost_between_threads(world):
