@@ -45,7 +45,7 @@ from kubeproxy_py import (
 from kubeproxy_py import log as logging
 from kubeproxy_py.errors import ConfigError, KubeProxyError
 from kubeproxy_py.flags import Settings
-from kubeproxy_py.iptables import events, infos, runner, watched
+from kubeproxy_py.iptables import events, infos, lock, runner
 from kubeproxy_py.model import IPFamily, Kind, Node, Problem, ServiceName
 from kubeproxy_py.pacer import Pacer
 from kubeproxy_py.ruleset import HealthCheck, Ruleset
@@ -322,13 +322,17 @@ class Daemon:
             )
 
         period_s = self._config.iptables.sync_period_s
-        writer = watched.WatchedIptables(kernel.programs, watcher.own) if watcher else None
+        kernel = runner.Iptables(
+            kernel.programs,
+            own=watcher.own if watcher else None,
+            lock=lock.LockWatch(family, self._metrics) if kernel.backend == "legacy" else None,
+        )
         syncer = sync.Syncer(
             family,
             store=self._store,
             ruleset=Ruleset(built),
-            kernel=writer or kernel,
-            read_chain=writer.read_chain if writer and kernel.backend == "nft" else None,
+            kernel=kernel,
+            read_chain=kernel.read_chain if kernel.backend == "nft" else None,
             max_batch_rules=sync.NFT_BATCH_RULES if kernel.backend == "nft" else None,
             effects=sync.Effects(
                 node_port_addresses=served,

@@ -13,6 +13,7 @@ from typing import Final
 
 from kubeproxy_py.errors import BatchRejected, IptablesError
 from kubeproxy_py.iptables.chains import BUILTIN, Chains, Tables
+from kubeproxy_py.iptables.lock import LockWait
 
 #: Built-in chains by table, as far as this program looks.
 HOOKS: Final = {
@@ -67,6 +68,8 @@ class FakeIptables:
         self.before_restore: Callable[[str], None] | None = None
         #: Tells which lines the kernel refuses for reasons of its own.
         self.refuses: Callable[[str], bool] = lambda line: False
+        #: What ``runner.Iptables`` tells of the xtables lock.
+        self.lock_wait: LockWait | None = None
         #: Whether a refusal names the line.
         self.names_lines = True
         self._save_failures: deque[IptablesError] = deque()
