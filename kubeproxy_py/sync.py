@@ -42,6 +42,8 @@ class Kernel(Protocol):
 
     @property
     def lock_wait(self) -> LockWait | None: ...
+    @property
+    def lock_waited_s(self) -> float: ...
     def save(self) -> chains.Tables: ...
     def restore(self, text: str) -> None: ...
 
@@ -147,6 +149,11 @@ class Syncer:
     def lock_wait(self) -> LockWait | None:
         """Return for whom we wait to be let write, if we do. From any thread."""
         return self._kernel.lock_wait
+
+    @property
+    def lock_waited_s(self) -> float:
+        """Return how long syncs have waited for others so far, all together."""
+        return self._kernel.lock_waited_s
 
     def sync(self) -> SyncResult | None:
         """Run one sync from beginning to end; None before everything was listed.

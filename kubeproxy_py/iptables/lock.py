@@ -119,6 +119,8 @@ class LockWatch:
         self._began = 0.0
         self._counted_until = 0.0
         self._is_told = False
+        #: How long restores have waited so far, all together.
+        self.waited_s = 0.0
         #: Replaced as a whole: other threads read it.
         self.wait: LockWait | None = None
 
@@ -167,6 +169,7 @@ class LockWatch:
 
     def _count(self, now: float, holders: tuple[Holder, ...]) -> None:
         self._seconds.inc(now - self._counted_until)
+        self.waited_s += now - self._counted_until
         self._counted_until = now
         self._is_waiting.set(1)
         self.wait = LockWait(now - self._began, holders)

@@ -204,6 +204,11 @@ class Iptables:
         """Return the wait for the xtables lock that is not over, if there is one. From any thread."""
         return self._lock.wait if self._lock else None
 
+    @property
+    def lock_waited_s(self) -> float:
+        """Return how long restores have waited for the lock so far, all together."""
+        return self._lock.waited_s if self._lock else 0.0
+
     def check(self) -> None:
         """Raise IptablesError unless nat, without which there are no Services, can be read."""
         argv = [self.programs.save, "-t", "nat"]

@@ -70,6 +70,7 @@ class FakeIptables:
         self.refuses: Callable[[str], bool] = lambda line: False
         #: What ``runner.Iptables`` tells of the xtables lock.
         self.lock_wait: LockWait | None = None
+        self.lock_waited_s = 0.0
         #: Whether a refusal names the line.
         self.names_lines = True
         self._save_failures: deque[IptablesError] = deque()
