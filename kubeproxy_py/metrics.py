@@ -186,3 +186,8 @@ class Metrics:
         self.lock_waiting = gauge(
             "xtables_lock_waiting", "Whether a restore waits for the xtables lock now", _FAMILY
         )
+        self.capability = gauge(
+            "iptables_capability",
+            "Whether the kernel and iptables have what our rules need, by its name",
+            ("capability", "ip_family"),
+        )
