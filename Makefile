@@ -32,6 +32,10 @@ test-unit: install ## unit tests only: no root, no network but loopback
 test-packet: install ## packet tests only: real kernel, own namespaces
 	$(PYTEST) tests/packet
 
+.PHONY: soak
+soak: install ## the long forms of tests, which take minutes each: faults that last, traffic all the time
+	$(PYTEST) -m soak $(TESTS)
+
 .PHONY: coverage
 coverage: install ## branch coverage of the pure modules, which must be complete
 	$(BIN)/python -m pytest tests/unit -q --cov --cov-report=term-missing:skip-covered

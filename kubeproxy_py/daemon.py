@@ -6,6 +6,7 @@ either whole or gone. A thread that ends unasked ends the process, with a reason
 make the supervisor start it again; the rules stay in the kernel in any case.
 """
 
+import functools
 import queue
 import signal
 import threading
@@ -21,6 +22,7 @@ from prometheus_client import CollectorRegistry
 import kubeproxy_py
 from kubeproxy_py import (
     api,
+    capabilities,
     cleanup,
     config,
     config_watch,
@@ -45,7 +47,7 @@ from kubeproxy_py import (
 from kubeproxy_py import log as logging
 from kubeproxy_py.errors import ConfigError, KubeProxyError
 from kubeproxy_py.flags import Settings
-from kubeproxy_py.iptables import events, infos, runner, watched
+from kubeproxy_py.iptables import events, infos, lock, probe, runner
 from kubeproxy_py.model import IPFamily, Kind, Node, Problem, ServiceName
 from kubeproxy_py.pacer import Pacer
 from kubeproxy_py.ruleset import HealthCheck, Ruleset
@@ -83,7 +85,10 @@ class Daemon:
         self._failure: str | None = None
         self._threads: list[threading.Thread] = []
         self._undo: list[Callable[[], None]] = []
+        self._lock = threading.Lock()
+        # Changed by the families' threads, under the lock. Replaced as a whole: others read it.
         self._loops: dict[IPFamily, sync_loop.SyncLoop] = {}
+        self._counts_packets = False
         self._node_name = host.node_name(settings.hostname_override)
         # What cannot work on any node is refused before anything on this one is touched.
         for family in IPFamily:
@@ -157,16 +162,14 @@ class Daemon:
                 message="Kube-proxy configuration may be incomplete or incorrect",
                 error=doubt,
             )
-        found = self._prepare_host(ips, kernels)
+        self._prepare_host(ips, kernels)
         if self._settings.init_only:
             log.info("daemon.initialised", message="--init-only: ending here")
             return False
-        self._start_programming(ips, found)
+        self._start_programming(ips, kernels)
         return True
 
-    def _prepare_host(
-        self, ips: options.NodeIPs, kernels: dict[IPFamily, runner.Iptables]
-    ) -> host.Host:
+    def _prepare_host(self, ips: options.NodeIPs, kernels: dict[IPFamily, runner.Iptables]) -> None:
         """Set sysctls and counters up, as --init-only does for a process with fewer rights."""
         tracking = self._config.conntrack
         sysctls.apply_conntrack(
@@ -181,7 +184,7 @@ class Daemon:
         cidrs = options.node_port_cidrs(self._config, ips)
         if IPFamily.V4 in kernels and options.has_localhost_node_ports(self._config, cidrs):
             sysctls.ensure_route_localnet()
-        return host.Host(kernels, host.has_nfacct(kernels))
+        host.ensure_counters()
 
     def _start_sources_of_nodes(self) -> None:
         if self._settings.manifests:
@@ -232,10 +235,12 @@ class Daemon:
             )
         return store.node
 
-    def _start_programming(self, ips: options.NodeIPs, found: host.Host) -> None:
+    def _start_programming(
+        self, ips: options.NodeIPs, kernels: dict[IPFamily, runner.Iptables]
+    ) -> None:
         sysctls.set_oom_score_adj(self._config.oom_score_adj)
-        self._health.expect(found.families)
-        self._start_servers(found)
+        self._health.expect(kernels)
+        self._start_servers()
         self._recorder.start()
         self._undo.append(self._recorder.stop)
         # A node port is one only on this host's addresses: flows to that port of others are not ours.
@@ -247,11 +252,7 @@ class Daemon:
         )
         reconciler.start()
         self._undo.append(reconciler.stop)
-        rule_watcher = self._watch_rules(found.kernels)
-        for family, kernel in found.kernels.items():
-            self._loops[family] = self._build_loop(
-                family, kernel, ips, found, reconciler, rule_watcher
-            )
+        rule_watcher = self._watch_rules(kernels)
         cidrs = options.node_port_cidrs(self._config, ips)
         if any(listed is not None for listed in cidrs.values()):
             # Node ports follow the addresses of the interfaces.
@@ -262,34 +263,72 @@ class Daemon:
                 # The audit looks at the addresses as well, only later.
                 log.warning("hostnet.watch_unavailable", error=str(error))
             self._undo.append(watcher.stop)
-        for family, loop in self._loops.items():
-            self._spawn(f"sync-{family.value}", loop.run)
-            self._undo.append(loop.stop)
+        for family, kernel in kernels.items():
+            program = functools.partial(
+                self._program, family, kernel.programs, ips, reconciler, rule_watcher
+            )
+            self._spawn(f"sync-{family.value}", program)
         if not self._settings.manifests:
             self._spawn_watcher("Service")
             self._spawn_watcher("EndpointSlice")
-        # Whatever was listed before the loops were there.
-        self._nudge_all()
         self._recorder.node_event(
             self._node_name, event_type="Normal", reason="Starting", action="StartKubeProxy"
         )
         self._notifier.status("programming Services")
+
+    def _program(
+        self,
+        family: IPFamily,
+        programs: runner.Programs,
+        ips: options.NodeIPs,
+        reconciler: conntrack.Reconciler,
+        watcher: events.NftWatcher | infos.LegacyWatcher | None,
+    ) -> None:
+        """Find out what *family* can do here, then sync it until stopped."""
+        kernel = runner.Iptables(
+            programs,
+            own=watcher.own if watcher else None,
+            lock=lock.LockWatch(family, self._metrics) if programs.backend == "legacy" else None,
+        )
+        prober = capabilities.Prober(
+            kernel,
+            self._metrics,
+            ensure_counters=host.ensure_counters,
+            wait=self._stop.wait,
+        )
+        self._health.add_readiness(f"capabilities-{family.value}", lambda: prober.refusal or None)
+        found = prober.run()
+        if found is None:
+            return
+        loop = self._build_loop(family, kernel, ips, found, reconciler, has_watcher=bool(watcher))
+        self._undo.append(loop.stop)
+        with self._lock:
+            self._loops = {**self._loops, family: loop}
+            if found.has("nfacct") and not self._counts_packets:
+                self._counts_packets = True
+                self._registry.register(nfacct.NfacctCollector())
+        if not self._stop.is_set():
+            # Whatever was listed before the loop was there.
+            loop.nudge()
+            loop.run()
 
     def _build_loop(
         self,
         family: IPFamily,
         kernel: runner.Iptables,
         ips: options.NodeIPs,
-        found: host.Host,
+        found: probe.Findings,
         reconciler: conntrack.Reconciler,
-        watcher: events.NftWatcher | infos.LegacyWatcher | None,
+        *,
+        has_watcher: bool,
     ) -> sync_loop.SyncLoop:
         facts = options.Facts(
             node_name=self._node_name,
             node_ips=ips,
             pod_cidrs=self._pod_cidrs or (),
-            has_nfacct=found.has_nfacct,
-            has_random_fully=kernel.programs.has_random_fully,
+            has_nfacct=found.has("nfacct"),
+            has_random_fully=found.has("random-fully"),
+            lacks=found.lacks,
             conntrack_is_liberal=sysctls.conntrack_is_liberal(),
         )
         cidrs = options.node_port_cidrs(self._config, ips)[family]
@@ -323,17 +362,16 @@ class Daemon:
             )
 
         period_s = self._config.iptables.sync_period_s
-        writer = watched.WatchedIptables(kernel.programs, watcher.own) if watcher else None
         syncer = sync.Syncer(
             family,
             store=self._store,
             ruleset=Ruleset(built),
-            kernel=writer or kernel,
-            read_chain=writer.read_chain if writer and kernel.backend == "nft" else None,
+            kernel=kernel,
+            read_chain=kernel.read_chain if kernel.backend == "nft" else None,
             max_batch_rules=sync.NFT_BATCH_RULES if kernel.backend == "nft" else None,
             effects=sync.Effects(
                 node_port_addresses=served,
-                prepare=_ensure_counters if found.has_nfacct else _nothing,
+                prepare=_ensure_counters if found.has("nfacct") else _nothing,
                 publish_health_checks=publish,
                 clean_conntrack=lambda build: reconciler.request(family, build),
                 report_quarantined=self._report_quarantined,
@@ -346,7 +384,7 @@ class Daemon:
         )
         pacer = Pacer(
             retry_s=period_s,
-            audit_s=period_s * (_AUDIT_PERIODS[kernel.backend] if watcher else 1),
+            audit_s=period_s * (_AUDIT_PERIODS[kernel.backend] if has_watcher else 1),
             min_interval_s=self._settings.min_sync_period_s,
         )
         return sync_loop.SyncLoop(
@@ -376,10 +414,8 @@ class Daemon:
         self._undo.append(watcher.stop)
         return watcher
 
-    def _start_servers(self, found: host.Host) -> None:
+    def _start_servers(self) -> None:
         pages.register_process_metrics(self._registry, gates=self._config.feature_gates)
-        if found.has_nfacct:
-            self._registry.register(nfacct.NfacctCollector())
         self._http.start()
         self._undo.append(self._http.stop)
         serve = self._http.serve_address

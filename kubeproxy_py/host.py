@@ -7,9 +7,8 @@ Learned once at start-up; what a command line may state instead is ``flags.HostF
 import ctypes
 import socket
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
-import msgspec
 import structlog
 
 from kubeproxy_py import hostnet, nfacct, rules
@@ -20,20 +19,8 @@ from kubeproxy_py.model import IPFamily
 
 log = structlog.get_logger()
 
-_PROBE = "KUBE-PROXY-PROBE"
 # From glibc's malloc.h.
 _M_ARENA_MAX = -8
-
-
-class Host(msgspec.Struct, frozen=True):
-    """The kernel's tables of each family that works here."""
-
-    kernels: Mapping[IPFamily, runner.Iptables]
-    has_nfacct: bool
-
-    @property
-    def families(self) -> tuple[IPFamily, ...]:
-        return tuple(self.kernels)
 
 
 def node_name(override: str) -> str:
@@ -84,25 +71,10 @@ def find_kernels(backend: runner.Backend) -> dict[IPFamily, runner.Iptables]:
     return kernels
 
 
-def has_nfacct(kernels: Mapping[IPFamily, runner.Iptables]) -> bool:
-    """Tell whether rules may use the counters: the kernel has them and the programs know the match."""
-    if not nfacct.supported() or not ensure_counters():
-        return False
-    text = (
-        f"*filter\n:{_PROBE} - [0:0]\n"
-        f"-A {_PROBE} -m nfacct --nfacct-name {rules.INVALID_DROPPED_COUNTER} -j DROP\nCOMMIT\n"
-    )
-    for kernel in kernels.values():
-        try:
-            kernel.restore(text, test=True)
-        except IptablesError as error:
-            log.info("nfacct.match_unavailable", ip_family=kernel.family.value, error=str(error))
-            return False
-    return True
-
-
 def ensure_counters() -> bool:
-    """Create the two counters if they are missing; tell whether both are there."""
+    """Create the two counters if they are missing; tell whether both are there, and can be."""
+    if not nfacct.supported():
+        return False
     names = (rules.INVALID_DROPPED_COUNTER, rules.LOCALHOST_NODE_PORTS_COUNTER)
     return sum(nfacct.ensure(name) for name in names) == len(names)
 

@@ -178,3 +178,16 @@ class Metrics:
             "The same chains, and built-in ones that had lost our jump, by what was done to them",
             ("table", "ip_family", "kind"),
         )
+        self.lock_wait_seconds = counter(
+            "xtables_lock_wait_seconds_total",
+            "Time that restores have waited for the xtables lock, the wait that is not over included",
+            _FAMILY,
+        )
+        self.lock_waiting = gauge(
+            "xtables_lock_waiting", "Whether a restore waits for the xtables lock now", _FAMILY
+        )
+        self.capability = gauge(
+            "iptables_capability",
+            "Whether the kernel and iptables have what our rules need, by its name",
+            ("capability", "ip_family"),
+        )

@@ -45,6 +45,7 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True):
     pod_cidrs: tuple[str, ...] = ()
     has_nfacct: bool = False
     has_random_fully: bool = True
+    lacks: frozenset[str] = frozenset()
     conntrack_is_liberal: bool = False
 
 
@@ -172,6 +173,7 @@ def rules_options(
         has_random_fully=facts.has_random_fully,
         localhost_node_ports=family is IPFamily.V4 and has_localhost_node_ports(config, cidrs),
         has_nfacct=facts.has_nfacct,
+        lacks=facts.lacks,
         drops_invalid=not facts.conntrack_is_liberal,
         node_port_addresses=node_port_addresses,
         layout=layout,

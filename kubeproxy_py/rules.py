@@ -85,6 +85,8 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     has_nfacct: bool = False
     #: False where conntrack is liberal and never calls such packets INVALID.
     drops_invalid: bool = True
+    #: What else of ``iptables.probe.CAPABILITIES`` the kernel or iptables does not have.
+    lacks: frozenset[str] = frozenset()
     #: Local addresses with node ports; None: all of them.
     node_port_addresses: tuple[str, ...] | None = None
     #: Leave out the per-endpoint comments.
@@ -102,6 +104,8 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def reject(self) -> str:
+        if "REJECT" in self.lacks:
+            return "DROP"
         icmp = "icmp" if self.family is IPFamily.V4 else "icmp6"
         return f"REJECT --reject-with {icmp}-port-unreachable"
 
@@ -189,6 +193,9 @@ def _fixed_point(chance: float) -> str:
 
 def build(port: ServicePort, endpoints: tuple[Endpoint, ...], options: Options) -> Fragment:
     """Build all rules of *port*; *endpoints* are sorted and without duplicates."""
+    if port.name.protocol in options.lacks:
+        # SCTP: a rule that names it would be refused.
+        return Fragment({}, ())
     choice = topology.choose(endpoints, port, node_name=options.node_name, zone=options.zone)
     return _Builder(port, choice, options).build()
 
@@ -207,6 +214,7 @@ class _Builder:
         has_any = choice.has_any
         self._internal_chain = names.svl if port.is_internal_local else names.svc
         self._external_chain = names.svl if port.is_external_local else names.svc
+        self._affinity_s = None if "recent" in options.lacks else port.affinity_timeout_s
         self._has_internal = has_any and (bool(choice.local) or not port.is_internal_local)
         self._has_external = has_any and (bool(choice.local) or not port.is_external_local)
         self._uses_firewall = has_any and bool(port.lb_vips) and bool(port.source_ranges)
@@ -408,7 +416,7 @@ class _Builder:
         addressed = [
             (endpoint.address, self._names.sep(endpoint.address)) for endpoint in endpoints
         ]
-        seconds = self._port.affinity_timeout_s
+        seconds = self._affinity_s
         if seconds is not None:
             for address, sep in addressed:
                 # Who was here lately goes where it went. These come first, all of them.
@@ -417,6 +425,9 @@ class _Builder:
                     f"-m recent --rcheck --seconds {seconds} --reap --name {sep} "
                     f"--mask {self._options.recent_mask} --rsource -j {sep}"
                 )
+        if "statistic" in self._options.lacks:
+            # Nothing else can divide connections among several; one is better than none.
+            addressed = addressed[:1]
         if self._options.layout != "flat" and len(addressed) > _MAX_FLAT_ENDPOINTS:
             yield from self._choose_group(chain, addressed)
         else:
@@ -459,7 +470,7 @@ class _Builder:
         comment = self._endpoint_comment(self._text)
         remember = (
             f"-m recent --set --name {sep} --mask {options.recent_mask} --rsource "
-            if self._port.affinity_timeout_s is not None
+            if self._affinity_s is not None
             else ""
         )
         return (

@@ -17,6 +17,7 @@ from kubeproxy_py import conntrack, drift, echoes, rules
 from kubeproxy_py.dispatch import ChainId
 from kubeproxy_py.errors import BatchRejected, IptablesError, LockTimeout
 from kubeproxy_py.iptables import chains, plan
+from kubeproxy_py.iptables.lock import LockWait
 from kubeproxy_py.metrics import Metrics
 from kubeproxy_py.model import IPFamily, ServiceName, ServiceState
 from kubeproxy_py.quarantine import Quarantine
@@ -39,6 +40,10 @@ _NAMED_CHAINS: Final = 10
 class Kernel(Protocol):
     """What a Syncer needs of ``iptables.runner.Iptables``."""
 
+    @property
+    def lock_wait(self) -> LockWait | None: ...
+    @property
+    def lock_waited_s(self) -> float: ...
     def save(self) -> chains.Tables: ...
     def restore(self, text: str) -> None: ...
 
@@ -140,6 +145,16 @@ class Syncer:
         """Return when a Service that was set aside should be tried again; infinity: never."""
         return self._quarantine.next_retry_at()
 
+    @property
+    def lock_wait(self) -> LockWait | None:
+        """Return for whom we wait to be let write, if we do. From any thread."""
+        return self._kernel.lock_wait
+
+    @property
+    def lock_waited_s(self) -> float:
+        """Return how long syncs have waited for others so far, all together."""
+        return self._kernel.lock_waited_s
+
     def sync(self) -> SyncResult | None:
         """Run one sync from beginning to end; None before everything was listed.
 
@@ -157,8 +172,8 @@ class Syncer:
             result = self._write_what_is_accepted(names, started)
         except IptablesError as error:
             if isinstance(error, LockTimeout) and self._live is not None:
-                # Nothing of that batch was done, and what was done before is known. What this sync
-                # was about is not known any more, so the next compares everything, in memory.
+                # Nothing of that batch, of one table, was done, and what was done before is known. What
+                # this sync was about is not known any more, so the next compares everything, in memory.
                 self._must_compare_all = True
             else:
                 self._live = None
@@ -347,7 +362,10 @@ class Syncer:
         text = batch.render()
         try:
             self._kernel.restore(text)
-        except IptablesError:
+        except IptablesError as error:
+            if isinstance(error, LockTimeout) and len(batch.sections) > 1:
+                # Legacy takes the lock for each table anew: the first may have been written.
+                self._live = None
             self._metrics.restore_failures.labels(family).inc()
             if not is_full:
                 self._metrics.partial_restore_failures.labels(family).inc()

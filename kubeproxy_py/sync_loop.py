@@ -90,11 +90,13 @@ class SyncLoop:
         self._health.started(self._family)
         self._metrics.sync_last_queued_timestamp.labels(self._family.value).set_to_current_time()
         while self._wait():
-            started = self._clock()
+            started, waited_s = self._clock(), self._syncer.lock_waited_s
             outcome = self._sync()
             ended = self._clock()
+            # Waiting for the lock costs nobody anything, so it is no reason for a pause.
+            idle_s = self._syncer.lock_waited_s - waited_s
             with self._wake:
-                self._pacer.finished(ended, took_s=ended - started, outcome=outcome)
+                self._pacer.finished(ended, took_s=ended - started - idle_s, outcome=outcome)
                 self._pacer.remind(self._syncer.retry_at)
                 self._finish_look(ended)
 

@@ -13,8 +13,10 @@ from kubeproxy_py import dispatch
 from kubeproxy_py.errors import IptablesError
 from kubeproxy_py.model import Chains, Tables
 
-__all__ = ["BUILTIN", "Chains", "Tables", "is_ours", "parse_save"]
+__all__ = ["BUILTIN", "PROBE", "Chains", "Tables", "is_ours", "parse_save"]
 
+#: Where it is tried what the kernel can do; left behind only by a crash.
+PROBE: Final = "KUBE-PROXY-PROBE"
 _EXACT: Final = {
     "filter": frozenset(
         {
@@ -24,6 +26,7 @@ _EXACT: Final = {
             "KUBE-NODEPORTS",
             "KUBE-PROXY-FIREWALL",
             "KUBE-PROXY-CANARY",
+            PROBE,
         }
     ),
     "nat": frozenset(
@@ -33,9 +36,10 @@ _EXACT: Final = {
             "KUBE-POSTROUTING",
             "KUBE-MARK-MASQ",
             "KUBE-PROXY-CANARY",
+            PROBE,
         }
     ),
-    "mangle": frozenset({"KUBE-PROXY-CANARY"}),
+    "mangle": frozenset({"KUBE-PROXY-CANARY", PROBE}),
 }
 # In nat every chain of one ServicePort begins so, and those of our trees as well.
 _PREFIXES: Final = ("KUBE-SVC-", "KUBE-SVL-", "KUBE-SEP-", "KUBE-FW-", "KUBE-EXT-")

@@ -23,6 +23,7 @@ import structlog
 
 from kubeproxy_py import rules
 from kubeproxy_py.drift import Culprit, Suspicion
+from kubeproxy_py.iptables.lock import lock_path
 from kubeproxy_py.model import IPFamily
 
 log = structlog.get_logger()
@@ -82,11 +83,6 @@ def read_infos(family: IPFamily) -> Infos:
             ):
                 infos[table] = buffer.raw
     return infos
-
-
-def lock_path() -> Path:
-    """Return the file that legacy programs lock, as libxtables finds it."""
-    return Path(os.environ.get("XTABLES_LOCKFILE") or "/run/xtables.lock")
 
 
 class LegacyWatcher:

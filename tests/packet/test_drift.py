@@ -14,7 +14,7 @@ import time
 import pytest
 
 from kubeproxy_py.dispatch import ChainId
-from kubeproxy_py.iptables import chains, events, runner, watched
+from kubeproxy_py.iptables import chains, events, runner
 from kubeproxy_py.model import IPFamily
 from tests.support.addresses import PLANS
 from tests.support.builders import cluster, make_endpoint, make_service, make_slice
@@ -315,7 +315,7 @@ def test_who_undoes_repairs_in_a_loop_is_named_once_and_left_waiting(proxy):
 def test_a_chain_that_is_read_alone_reads_as_among_all(proxy):
     with proxy.lab.node.entered():
         programs = runner.find_programs(IPFamily.V4, "nft")
-        kernel = watched.WatchedIptables(programs, lambda family, pid: None)
+        kernel = runner.Iptables(programs)
         alone = {
             (table, name): kernel.read_chain(ChainId(table, name))
             for table, found in proxy.live().items()

@@ -492,10 +492,12 @@ def test_all_metrics_of_kube_proxy_are_there_after_use(start, api):
     for name in FAILURES:
         assert shown[name].type == "counter"
         assert shown[name].samples == []
-    is_counted = not proxy.events("nfacct.unavailable") and not proxy.events(
-        "nfacct.match_unavailable"
+    is_counted = shown["kubeproxy_iptables_capability"].samples and all(
+        sample.value
+        for sample in shown["kubeproxy_iptables_capability"].samples
+        if sample.labels["capability"] == "nfacct"
     )
-    assert (shown.keys() >= COUNTERS) is is_counted
+    assert (shown.keys() >= COUNTERS) is bool(is_counted)
 
 
 # This host ----------------------------------------------------------------------------------------------

@@ -11,8 +11,11 @@ from collections import deque
 from collections.abc import Callable
 from typing import Final
 
+from kubeproxy_py.dispatch import ChainId
 from kubeproxy_py.errors import BatchRejected, IptablesError
 from kubeproxy_py.iptables.chains import BUILTIN, Chains, Tables
+from kubeproxy_py.iptables.lock import LockWait
+from kubeproxy_py.model import IPFamily
 
 #: Built-in chains by table, as far as this program looks.
 HOOKS: Final = {
@@ -67,6 +70,12 @@ class FakeIptables:
         self.before_restore: Callable[[str], None] | None = None
         #: Tells which lines the kernel refuses for reasons of its own.
         self.refuses: Callable[[str], bool] = lambda line: False
+        self.family = IPFamily.V4
+        #: Through what spectacles a chain that is read alone is seen.
+        self.misreads: Callable[[str], str] = lambda text: text
+        #: What ``runner.Iptables`` tells of the xtables lock.
+        self.lock_wait: LockWait | None = None
+        self.lock_waited_s = 0.0
         #: Whether a refusal names the line.
         self.names_lines = True
         self._save_failures: deque[IptablesError] = deque()
@@ -89,6 +98,11 @@ class FakeIptables:
         if self._save_failures:
             raise self._save_failures.popleft()
         return {table: dict(chains) for table, chains in self.tables.items()}
+
+    def read_chain(self, chain: ChainId) -> tuple[str, ...] | None:
+        """Return the rules of one chain; None: there is no such chain."""
+        texts = self.tables[chain.table].get(chain.chain)
+        return None if texts is None else tuple(map(self.misreads, texts))
 
     def restore(self, text: str) -> None:
         """Commit *text*, table by table. Raises BatchRejected, with the line, or a planned error."""

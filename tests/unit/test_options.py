@@ -246,6 +246,7 @@ def test_rules_get_all_facts_and_the_options_of_their_family():
         zone="zone-a",
         has_nfacct=True,
         has_random_fully=False,
+        lacks=frozenset({"recent"}),
         conntrack_is_liberal=True,
     )
 
@@ -264,6 +265,7 @@ def test_rules_get_all_facts_and_the_options_of_their_family():
         assert built.masquerade_bit == 7
         assert built.has_nfacct
         assert not built.has_random_fully
+        assert built.lacks == {"recent"}
         assert not built.drops_invalid
         assert not built.is_large
 

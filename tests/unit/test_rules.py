@@ -760,3 +760,36 @@ def test_a_large_cluster_leaves_comments_out_of_groups_as_well():
 
     assert not any("comment" in text for name in groups(chains) for text in chains[name])
     assert not any("comment" in text for text in chains[SVC])
+
+
+# On a kernel that lacks something ----------------------------------------------------------------
+
+
+def test_without_recent_clients_do_not_stay_but_are_served():
+    lacking = build(port(affinity_timeout_s=60), LOCAL, REMOTE, lacks=frozenset({"recent"}))
+
+    assert lacking == build(port(), LOCAL, REMOTE)
+
+
+def test_without_statistic_all_go_to_one_endpoint():
+    lacking = build(port(), LOCAL, REMOTE, local_detector=None, lacks=frozenset({"statistic"}))
+
+    assert lacking.chains[SVC] == (
+        f'-m comment --comment "ns1/svc1:p80 -> 10.180.0.1:80" -j {SEP1}',
+    )
+
+
+def test_without_reject_who_has_no_endpoints_is_silent():
+    [rejected] = entries(build(port()), FILTER, "KUBE-SERVICES")
+    [dropped] = entries(build(port(), lacks=frozenset({"REJECT"})), FILTER, "KUBE-SERVICES")
+
+    assert rejected.endswith("-j REJECT --reject-with icmp-port-unreachable")
+    assert dropped == rejected.replace("REJECT --reject-with icmp-port-unreachable", "DROP")
+
+
+@pytest.mark.parametrize(("protocol", "is_there"), [("sctp", False), ("tcp", True)])
+def test_without_sctp_only_its_ports_are_left_out(protocol, is_there):
+    name = ServicePortName("ns1", "svc1", "p80", protocol)
+    fragment = build(port(name=name), LOCAL, lacks=frozenset({"sctp"}))
+
+    assert bool(fragment.chains and fragment.entries) is is_there

@@ -1,5 +1,6 @@
 """Finding and running iptables' programs, against programs of our own."""
 
+import contextlib
 import os
 import stat
 
@@ -286,6 +287,83 @@ def test_exit_status_stands_in_for_a_message(iptables, programs):
     with pytest.raises(BatchRejected, match="exit status 7") as caught:
         iptables.restore(BATCH)
     assert (caught.value.lines, caught.value.excerpt) == ((), "")
+
+
+def test_a_restore_that_a_signal_ended_has_refused_nothing(iptables, programs):
+    programs.write("iptables-nft-restore", body="cat >/dev/null; kill -9 $$")
+
+    with pytest.raises(IptablesError, match="exit status -9") as caught:
+        iptables.restore(BATCH)
+    assert type(caught.value) is IptablesError
+
+
+def test_who_writes_is_announced_before_it_is_given_anything(programs):
+    programs.family("iptables-nft", "nft")
+    given = programs.directory / "input"
+    told = []
+
+    @contextlib.contextmanager
+    def own(family, pid):
+        told.append((family, given.read_text() if given.exists() else ""))
+        yield
+        told.append((family, given.read_text()))
+
+    runner.Iptables(runner.find_programs(V4, "nft"), own=own).restore(BATCH)
+
+    assert told == [(V4, ""), (V4, BATCH)]
+
+
+class Lock:
+    """What a LockWatch is told."""
+
+    def __init__(self):
+        self.told = []
+        self.wait = None
+
+    def start(self):
+        self.told.append("start")
+
+    def look(self, pid):
+        self.told.append(pid)
+
+    def finish(self, *, has_lock):
+        self.told.append(has_lock)
+
+
+def test_a_restore_that_takes_long_is_looked_at_until_it_has_ended(programs):
+    programs.family("iptables-legacy", "legacy")
+    go_on = programs.directory / "go-on"
+    programs.write(
+        "iptables-legacy-restore",
+        body=f"cat > {programs.directory}/input; until [ -e {go_on} ]; do sleep 0.01; done",
+    )
+    lock = Lock()
+    looked = lock.look
+    lock.look = lambda pid: (looked(pid), len(lock.told) > 3 and go_on.touch())
+    iptables = runner.Iptables(runner.find_programs(V4, "legacy"), lock=lock)
+    iptables.restore(BATCH)
+
+    assert lock.told[0] == "start"
+    assert lock.told[-1] is True
+    assert len(set(lock.told[1:-1])) == 1
+    assert (programs.directory / "input").read_text() == BATCH
+
+
+def test_a_lock_that_is_not_had_in_time_is_told_with_its_holder(programs):
+    programs.family("iptables-legacy", "legacy")
+    programs.write(
+        "iptables-legacy-restore",
+        complains="Another app is currently holding the xtables lock. Stopped waiting after 5s.",
+        status=4,
+        body="cat >/dev/null",
+    )
+    lock = Lock()
+    lock.wait = "iptables (pid 7): iptables -F"
+    iptables = runner.Iptables(runner.find_programs(V4, "legacy"), lock=lock)
+
+    with pytest.raises(LockTimeout, match=r"held by iptables \(pid 7\)"):
+        iptables.restore(BATCH)
+    assert lock.told[-1] is False
 
 
 def test_program_that_vanished_is_an_error_and_not_a_crash(iptables, programs):

@@ -238,6 +238,20 @@ def test_busy_lock_loses_nothing_and_costs_no_second_look(world):
     )
 
 
+def test_busy_lock_at_the_second_table_of_an_input_leaves_the_first_written(world):
+    """Legacy takes the lock for each table anew."""
+    jumps = world.kernel.tables["filter"]["FORWARD"]
+    world.kernel.tables["filter"]["FORWARD"] = jumps[1:]
+    world.syncer.forget_live()
+    world.put(make_slice(endpoints=[]))
+    world.fail(LockTimeout("busy"), after_tables=1)
+    assert sorted(world.kernel.tables["filter"]["FORWARD"]) == sorted(jumps)
+
+    world.sync()
+    assert sorted(world.kernel.tables["filter"]["FORWARD"]) == sorted(jumps)
+    assert world.own() == desired(make_service())
+
+
 def test_failure_between_two_tables_is_mended_by_the_next_sync(world):
     world.put(make_slice(endpoints=[]))  # filter rejects first, then nat stops to deliver
     world.fail(IptablesError("killed"), after_tables=1)
@@ -605,3 +619,33 @@ def test_memory_is_released_after_a_look_at_the_whole_kernel_and_only_then(world
     world.syncer.forget_live()
     world.sync()
     assert world.released == released + 1
+
+
+def test_waiting_for_the_lock_is_no_reason_to_pause(world, health):
+    now, took = [0.0], []
+
+    class Pacing(Pacer):
+        def finished(self, now, *, took_s, outcome):
+            took.append(took_s)
+            loop.stop()
+
+    loop = SyncLoop(
+        V4,
+        world.syncer,
+        Pacing(retry_s=1, audit_s=60),
+        health=health,
+        metrics=world.metrics,
+        clock=lambda: now[0],
+    )
+
+    def wait(_text):
+        now[0] += 5.5
+        world.kernel.lock_waited_s += 5.0
+
+    world.kernel.before_restore = wait
+    world.put(make_slice(endpoints=["10.180.1.12"]))
+    loop.nudge()
+    now[0] = 1.0
+    loop.run()
+
+    assert took == [0.5]

@@ -1,0 +1,186 @@
+"""
+Rules of kube-proxy's or ours in the backend that is not used, and which one the kubelet uses.
+
+Two backends in one kernel do not see each other's rules, but every packet passes both: rules left in
+the other one go on sending connections to endpoints that are long gone. This only looks, and so that
+looking changes nothing: a legacy table that the kernel does not list is not asked for, because asking
+would create it, with a hook that every packet passes.
+"""
+
+import errno
+import subprocess
+from collections.abc import Callable, Iterable, Iterator
+from typing import Final
+
+import msgspec
+
+from kubeproxy_py import netlink, rules
+from kubeproxy_py.dispatch import ChainId
+from kubeproxy_py.errors import BackendMissing, IptablesError
+from kubeproxy_py.iptables import chains, runner
+from kubeproxy_py.model import IPFamily
+
+# linux/netfilter/nf_tables.h and nfnetlink.h.
+_GETCHAIN: Final = 10 << 8 | 4
+_NFTA_CHAIN_TABLE: Final = 1
+_NFTA_CHAIN_NAME: Final = 3
+_AF: Final = {IPFamily.V4: 2, IPFamily.V6: 10}
+_NFGENMSG_BYTES: Final = 4
+_TABLES: Final = (rules.NAT, rules.FILTER, rules.MANGLE)
+# Whoever writes rules while they are listed spoils the list; nobody does all the time.
+_DUMP_ATTEMPTS: Final = 20
+# A kernel without nf_tables has no chains there.
+_NO_NFTABLES: Final = frozenset({errno.EINVAL, errno.EOPNOTSUPP})
+# Enough of their names to tell what they are.
+_NAMED_CHAINS: Final = 10
+
+
+class Leftover(msgspec.Struct, frozen=True):
+    """Chains of kube-proxy's or ours in one backend and family that should have none."""
+
+    backend: runner.Backend
+    family: IPFamily
+    count: int
+    chains: tuple[str, ...]  # the first few, as table/chain
+    #: Built-in chains, as table/chain, that lead there: packets meet these rules. None: harmless.
+    jumps: tuple[str, ...]
+
+    def __str__(self) -> str:
+        what = f"{self.family.value}: {self.count} chains of kube-proxy's in {self.backend} tables"
+        return f"{what}, which packets pass as well" if self.jumps else what
+
+
+class Survey(msgspec.Struct, frozen=True):
+    """What one look at the other backend has found."""
+
+    leftovers: tuple[Leftover, ...] = ()
+    #: Families whose kubelet keeps its hint in the other backend, and none in ours.
+    moved: tuple[IPFamily, ...] = ()
+    #: What could not be looked at, and why.
+    failures: tuple[str, ...] = ()
+
+
+def other(backend: runner.Backend) -> runner.Backend:
+    return "legacy" if backend == "nft" else "nft"
+
+
+def survey(
+    own: runner.Backend,
+    families: Iterable[IPFamily],
+    list_chains: Callable[[IPFamily, runner.Backend], set[ChainId]] | None = None,
+) -> Survey:
+    """Look what there is in the backend that is not *own*. Never raises, and changes nothing.
+
+    Args:
+        own: the backend that is used.
+        families: those that are programmed.
+        list_chains: what to call instead of ``chain_names``.
+    """
+    list_chains = list_chains or chain_names
+    leftovers, moved, failures = [], [], []
+    for family in families:
+        try:
+            found = list_chains(family, other(own))
+            leftover = _leftover(family, other(own), found)
+            if leftover is not None:
+                leftovers.append(leftover)
+            if _has_hint(found) and not _has_hint(list_chains(family, own)):
+                moved.append(family)
+        except (IptablesError, OSError) as error:
+            failures.append(f"{family.value}, {other(own)}: {error}")
+    return Survey(tuple(leftovers), tuple(moved), tuple(failures))
+
+
+def chain_names(family: IPFamily, backend: runner.Backend) -> set[ChainId]:
+    """Return all chains that *backend* has in nat, filter and mangle.
+
+    Raises:
+        IptablesError: there are legacy tables, and no program that could read them.
+        OSError: the kernel does not tell.
+    """
+    return _nft_chains(family) if backend == "nft" else set(_legacy_chains(family))
+
+
+def _leftover(
+    family: IPFamily, backend: runner.Backend, found: Iterable[ChainId]
+) -> Leftover | None:
+    ours = sorted(chain for chain in found if chains.is_ours(*chain))
+    if not ours:
+        return None
+    jumps = _jumps(family, backend, {chain.table for chain in ours})
+    named = tuple(f"{table}/{chain}" for table, chain in ours[:_NAMED_CHAINS])
+    return Leftover(backend, family, len(ours), named, jumps)
+
+
+def _jumps(family: IPFamily, backend: runner.Backend, tables: Iterable[str]) -> tuple[str, ...]:
+    """Return the built-in chains of *tables* that lead to chains of ours."""
+    kernel = runner.Iptables(runner.find_programs(family, backend))
+    builtin = {ChainId(jump.table, jump.builtin) for jump in rules.JUMPS if jump.table in tables}
+    return tuple(
+        f"{chain.table}/{chain.chain}"
+        for chain in sorted(builtin)
+        if any(
+            chains.is_ours(chain.table, f" {text}".rpartition(" -j ")[2].partition(" ")[0])
+            for text in kernel.read_chain(chain) or ()
+        )
+    )
+
+
+def _has_hint(found: Iterable[ChainId]) -> bool:
+    return any(chain.table == rules.MANGLE and chain.chain in runner.HINTS for chain in found)
+
+
+def _nft_chains(family: IPFamily) -> set[ChainId]:
+    """Return the chains of the nft tables that iptables-nft uses."""
+    for _ in range(_DUMP_ATTEMPTS):
+        try:
+            return _dump_nft_chains(family)
+        except OSError as error:
+            if error.errno in _NO_NFTABLES:
+                return set()
+            if error.errno != errno.EINTR:
+                raise
+    raise OSError(errno.EINTR, "cannot list chains of nft: they change all the time")
+
+
+def _dump_nft_chains(family: IPFamily) -> set[ChainId]:
+    found = set()
+    raw = netlink.connect(netlink.NETLINK_NETFILTER)
+    with netlink.NetlinkSocket(raw, "chains of nft") as sock:
+        # A struct nfgenmsg with the family; version and resource id are 0.
+        for _, _, payload in sock.dump(_GETCHAIN, bytes((_AF[family], 0, 0, 0))):
+            values = dict(netlink.attributes(payload[_NFGENMSG_BYTES:]))
+            table, chain = (
+                bytes(values.get(kind, b"")).rstrip(b"\0").decode(errors="replace")
+                for kind in (_NFTA_CHAIN_TABLE, _NFTA_CHAIN_NAME)
+            )
+            if payload[0] == _AF[family] and table in _TABLES:
+                found.add(ChainId(table, chain))
+    return found
+
+
+def _legacy_chains(family: IPFamily) -> Iterator[ChainId]:
+    """Yield the chains of the legacy tables there are."""
+    listed = runner.list_legacy_tables(family)
+    tables = [table for table in _TABLES if table in listed]
+    if not tables:
+        return
+    try:
+        programs = runner.find_programs(family, "legacy")
+    except BackendMissing as error:
+        raise IptablesError(
+            f"legacy tables {tables} are there, and nothing to read them: {error}"
+        ) from error
+    for table in tables:
+        # Chains come before rules, which may be 100,000: reading ends at the first of them.
+        with subprocess.Popen(  # noqa: S603 - fixed argv, no shell
+            [programs.save, "-t", table],
+            stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, errors="replace",
+        ) as process:  # fmt: skip
+            assert process.stdout is not None
+            for line in process.stdout:
+                if line.startswith("-A "):
+                    break
+                if line.startswith(":"):
+                    yield ChainId(table, line[1:].partition(" ")[0])
+            process.kill()
