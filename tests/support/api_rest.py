@@ -47,6 +47,8 @@ class Settings:
     needs_client_certificate: bool = False  # one, or a token
     streaming_lists: bool = True  # False: as without the feature gate WatchList
     bookmark_interval_s: float = 60.0  # kube-apiserver's: about a minute
+    # Tells whether a request may be answered; None: everything is allowed.
+    authorize: Callable[[api_http.Request, api_requests.Route], bool] | None = None
 
 
 class Api:
@@ -111,6 +113,9 @@ class Api:
                     else Refusal(fault.status, retry_after_s=fault.retry_after_s)
                 )
             self._authenticate(request, connection)
+            authorize = self.settings.authorize
+            if route is not None and authorize is not None and not authorize(request, route):
+                raise api_requests.forbidden(request, route)
             if route is not None and request.verb == "watch":
                 self._watch(request, connection, route)
                 return request.is_keepalive and not connection.is_closed

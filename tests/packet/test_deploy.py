@@ -1,0 +1,265 @@
+"""The rendered manifests, run: arguments, mounts, capabilities and permissions are enough, and used."""
+
+import http.client
+import json
+
+import pytest
+import yaml
+
+from kubeproxy_py.model import IPFamily
+from tests.support import containers, manifests, rbac
+from tests.support.addresses import PLANS
+from tests.support.api_server import ApiServer
+from tests.support.builders import make_node, make_service, make_slice
+from tests.support.containers import ContainerRunner
+from tests.support.traffic import connect, wait_until
+
+pytestmark = pytest.mark.packet
+
+V4 = PLANS[IPFamily.V4]
+
+# What kubeadm writes (app/phases/addons/proxy), but for conntrack: a namespace of the lab does not own
+# nf_conntrack_max, and kubeadm leaves kube-proxy's default.
+KUBEADM_CONFIG = f"""\
+apiVersion: kubeproxy.config.k8s.io/v1alpha1
+bindAddress: 0.0.0.0
+bindAddressHardFail: false
+clientConnection:
+  acceptContentTypes: ""
+  burst: 0
+  contentType: ""
+  kubeconfig: /var/lib/kube-proxy/kubeconfig.conf
+  qps: 0
+clusterCIDR: {V4.cluster_cidr}
+configSyncPeriod: 0s
+conntrack:
+  maxPerCore: 0
+  min: 0
+  tcpBeLiberal: false
+  tcpCloseWaitTimeout: 0s
+  tcpEstablishedTimeout: 0s
+  udpStreamTimeout: 0s
+  udpTimeout: 0s
+detectLocal:
+  bridgeInterface: ""
+  interfaceNamePrefix: ""
+detectLocalMode: ""
+enableProfiling: false
+healthzBindAddress: ""
+hostnameOverride: ""
+iptables:
+  localhostNodePorts: null
+  masqueradeAll: false
+  masqueradeBit: null
+  minSyncPeriod: 0s
+  syncPeriod: 0s
+ipvs:
+  excludeCIDRs: null
+  minSyncPeriod: 0s
+  scheduler: ""
+  strictARP: false
+  syncPeriod: 0s
+  tcpFinTimeout: 0s
+  tcpTimeout: 0s
+  udpTimeout: 0s
+kind: KubeProxyConfiguration
+logging:
+  flushFrequency: 0
+  options:
+    json:
+      infoBufferSize: "0"
+    text:
+      infoBufferSize: "0"
+  verbosity: 0
+metricsBindAddress: ""
+mode: ""
+nftables:
+  masqueradeAll: false
+  masqueradeBit: null
+  minSyncPeriod: 0s
+  syncPeriod: 0s
+nodePortAddresses: null
+oomScoreAdj: null
+portRange: ""
+showHiddenMetricsForVersion: ""
+winkernel:
+  enableDSR: false
+  forwardHealthCheckVip: false
+  networkName: ""
+  rootHnsEndpointName: ""
+  sourceVip: ""
+"""
+
+
+def kubeadm_kubeconfig(server):
+    directory = containers.ACCOUNT
+    return yaml.safe_dump(
+        {
+            "apiVersion": "v1",
+            "kind": "Config",
+            "clusters": [
+                {
+                    "cluster": {
+                        "certificate-authority": f"{directory}/ca.crt",
+                        "server": server.url,
+                    },
+                    "name": "default",
+                }
+            ],
+            "contexts": [
+                {
+                    "context": {"cluster": "default", "namespace": "default", "user": "default"},
+                    "name": "default",
+                }
+            ],
+            "current-context": "default",
+            "users": [{"name": "default", "user": {"tokenFile": f"{directory}/token"}}],
+        }
+    )
+
+
+@pytest.fixture
+def api(clean_lab):
+    with clean_lab.node.entered():
+        server = ApiServer(tls=True, tokens=["the-token"])
+    with server:
+        server.apply(make_node("node1"))
+        server.apply(make_service("web", ports=[80]))
+        server.apply(make_slice("web", endpoints=[V4.local_pod(1)], ports=[8080]))
+        yield server
+
+
+class Deployed:
+    """What one of the kustomizations amounts to on the lab's node."""
+
+    def __init__(self, kustomization, lab, server, directory, backend):
+        self.objects = manifests.build(kustomization)
+        self.lab = lab
+        self.log = directory / "log"
+        self.log.touch()
+        self.authorizer = rbac.Authorizer(self.objects, "kubeproxy-py", "kube-system")
+        server.settings.authorize = self.authorizer
+        pod = manifests.pod(self.objects)
+        for container in [*pod["initContainers"], *pod["containers"]]:
+            # The node of the lab could use either; and the API server is not where kind's would be.
+            container["args"].append(f"--iptables-backend={backend}")
+            container["args"].append("--logging-format=json")
+            for variable in container["env"]:
+                if variable["name"] == "KUBERNETES_SERVICE_HOST":
+                    variable["value"] = "127.0.0.1"
+                if variable["name"] == "KUBERNETES_SERVICE_PORT":
+                    variable["value"] = str(server.port)
+        config_maps = {
+            obj["metadata"]["name"]: obj["data"]
+            for obj in self.objects
+            if obj["kind"] == "ConfigMap"
+        }
+        config_maps["kube-proxy"] = {
+            "config.conf": KUBEADM_CONFIG,
+            "kubeconfig.conf": kubeadm_kubeconfig(server),
+        }
+        (directory / "volumes").mkdir()
+        self.runner = ContainerRunner(
+            pod,
+            node=lab.node,
+            directory=directory / "volumes",
+            config_maps=config_maps,
+            account={
+                "token": "the-token",
+                "ca.crt": server.certificates.authority.read_text(),
+                "namespace": "kube-system",
+            },
+            environ={"NODE_NAME": "node1"},
+        )
+
+    def probe(self, kind):
+        """Return the status that the kubelet would see."""
+        asked = manifests.container(self.objects, "kubeproxy-py")[kind]["httpGet"]
+        ports = manifests.container(self.objects, "kubeproxy-py")["ports"]
+        (port,) = (p["containerPort"] for p in ports if p["name"] == asked["port"])
+        with self.lab.node.entered():
+            # The Pod's IP is the node's.
+            connection = http.client.HTTPConnection(V4.node, port, timeout=5)
+            try:
+                connection.request("GET", asked["path"])
+                return connection.getresponse().status
+            except OSError:
+                return 0
+            finally:
+                connection.close()
+
+    def run(self):
+        """Run the init container to its end and start the daemon; wait until it is ready."""
+        initialised = self.runner.start("init", self.log)
+        assert initialised.wait(60) == 0, self.said()
+        daemon = self.runner.start("kubeproxy-py", self.log)
+        try:
+            wait_until(
+                lambda: daemon.poll() is not None or self.probe("readinessProbe") == 200,
+                timeout_s=60,
+            )
+        except AssertionError as error:
+            raise AssertionError(f"{error}\n{self.said()}") from None
+        assert daemon.poll() is None, self.said()
+        return daemon
+
+    def said(self):
+        return self.log.read_text(errors="replace")
+
+
+@pytest.mark.parametrize("kustomization", ["overlays/kind", "overlays/kubeadm"])
+def test_what_the_manifest_gives_is_enough_and_used(
+    kustomization, clean_lab, servers, backend, api, tmp_path
+):
+    deployed = Deployed(kustomization, clean_lab, api, tmp_path, backend)
+    deployed.run()
+
+    # Traffic, and what the kubelet asks.
+    assert connect(clean_lab.local_pods[1], V4.cluster_ip, 80).is_answered
+    assert [deployed.probe(kind) for kind in ("startupProbe", "livenessProbe")] == [200, 200]
+    # Permissions: none is missing, and none is given beyond kube-proxy's role.
+    event = rbac.Permission("create", "events.k8s.io", "events")
+    wait_until(lambda: event in deployed.authorizer.used, what="the Event of the start")
+    assert deployed.authorizer.refused == []
+    assert {(p.verb, p.resource) for p in deployed.authorizer.used} >= {
+        ("watch", "services"),
+        ("watch", "endpointslices"),
+        ("watch", "nodes"),
+    }
+    only_upstream = rbac.Authorizer(
+        [obj for obj in deployed.objects if obj["kind"] != "ClusterRole"],
+        "kubeproxy-py",
+        "kube-system",
+    )
+    assert deployed.authorizer.permissions == only_upstream.permissions
+    # Capabilities: nothing was refused but what the documents say.
+    words = ("permitted", "read-only", "denied")
+    refused = {
+        json.loads(line)["event"]
+        for line in deployed.said().splitlines()
+        if any(word in line.lower() for word in words)
+    }
+    # No kubelet here gives the process the OOM score that the configuration asks for.
+    assert refused - {"drift.lock_unwatched", "oom_score_adj.set_failed"} == set(), deployed.said()
+    assert ("drift.lock_unwatched" in deployed.said()) == (backend == "legacy")
+
+
+def test_without_a_permission_the_authorizer_of_these_tests_says_no(clean_lab, api, tmp_path):
+    deployed = Deployed("overlays/kind", clean_lab, api, tmp_path, "nft")
+    deployed.authorizer.permissions.discard(rbac.Permission("create", "events.k8s.io", "events"))
+    deployed.run()
+
+    wait_until(lambda: "recorder.event_refused" in deployed.said(), what="the refusal")
+    assert deployed.authorizer.refused == [
+        "create /apis/events.k8s.io/v1/namespaces/default/events"
+    ]
+
+
+def test_without_net_admin_the_daemon_ends_with_a_reason(clean_lab, backend, api, tmp_path):
+    deployed = Deployed("overlays/kind", clean_lab, api, tmp_path, backend)
+    context = manifests.container(deployed.objects, "kubeproxy-py")["securityContext"]
+    context["capabilities"]["add"] = ["NET_RAW"]
+    daemon = deployed.runner.start("kubeproxy-py", deployed.log)
+
+    assert daemon.wait(60) == 1
+    assert "iptables is not available on this host" in deployed.said()
