@@ -9,6 +9,7 @@ from typing import Any, Final, NoReturn, cast
 import click
 import structlog
 
+import kubeproxy_py
 from kubeproxy_py import cleanup as cleaning
 from kubeproxy_py import (
     config,
@@ -20,6 +21,7 @@ from kubeproxy_py import (
     host,
     hostnet,
     nfacct,
+    privileges,
     sysctls,
 )
 from kubeproxy_py import log as logging
@@ -38,6 +40,7 @@ _EXIT_ERROR: Final = 1
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(kubeproxy_py.__version__, message=flags.VERSION)
 def cli() -> None:
     """A kube-proxy for Linux nodes (iptables mode) that diffs, explains and repairs its rules."""
 
@@ -107,6 +110,7 @@ def plan_command(flag_values: flags.FlagValues, host_facts: flags.HostFacts) -> 
     """Print what would change on this host now: exit 0 nothing, 2 something, 1 error."""
     settings = _settings(flag_values)
     config.require_iptables_mode(settings.config)
+    privileges.require_netfilter()
     backend = host.choose_backend(settings.iptables_backend)
     found = _EXIT_NOTHING
     for family, programs in _programs(backend, host_facts.ip_family).items():
@@ -217,6 +221,7 @@ def cleanup(flag_values: flags.FlagValues, backend: str) -> None:
 
 
 def _clean_all(backend: str) -> None:
+    privileges.require_netfilter()
     backends = runner.BACKENDS if backend == "both" else (cast("runner.Backend", backend),)
     if not cleaning.clean(tuple(IPFamily), backends):
         raise KubeProxyError("encountered an error while tearing down rules")

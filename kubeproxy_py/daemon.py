@@ -38,6 +38,7 @@ from kubeproxy_py import (
     notify,
     options,
     pages,
+    privileges,
     recorder,
     sync,
     sync_loop,
@@ -129,6 +130,7 @@ class Daemon:
     def _start(self) -> bool:
         """Start everything; False if a signal came first or there is nothing to run."""
         log.info("daemon.starting", version=kubeproxy_py.__version__, node=self._node_name)
+        privileges.require_netfilter()
         # Before the Node is known, the backend's families are: the store must know them.
         backend = host.choose_backend(self._settings.iptables_backend)
         kernels = host.find_kernels(backend)

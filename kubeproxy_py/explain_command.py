@@ -17,6 +17,7 @@ from kubeproxy_py import (
     explain_text,
     host,
     hostnet,
+    privileges,
 )
 from kubeproxy_py.errors import ConfigError
 from kubeproxy_py.flags import HostFacts, Settings
@@ -95,6 +96,7 @@ def desired(ruleset: Ruleset, host_facts: HostFacts) -> Situation:
 
 def live(settings: Settings, host_facts: HostFacts, family: IPFamily) -> Situation:
     """Return the rules and addresses this host has now."""
+    privileges.require_netfilter()
     programs = runner.find_programs(family, host.choose_backend(settings.iptables_backend))
     local = [found.address for found in hostnet.local_addresses(family)]
     stated = [ip for ip in host_facts.node_ips if addresses.family_of(ip) is family]

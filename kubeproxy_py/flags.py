@@ -31,6 +31,8 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 # What `kube-proxy --version` prints in the release this program behaves as: scripts on nodes read it.
 _KUBERNETES_VERSION: Final = "Kubernetes v1.36.2"
+#: What ``kubeproxy-py --version`` and ``run --version=raw`` print: who this really is.
+VERSION: Final = f"kubeproxy-py {kubeproxy_py.__version__}, behaving as {_KUBERNETES_VERSION}"
 
 _BY_NAME: Final = {flag.name: flag for flag in FLAGS}
 
@@ -190,8 +192,7 @@ def _tell_of_deprecation(context: click.Context, parameter: click.Parameter, val
 
 def _print_version(context: click.Context, _: click.Parameter, value: Any) -> Any:
     if value is not False:
-        raw = f"kubeproxy-py {kubeproxy_py.__version__}, behaving as {_KUBERNETES_VERSION}"
-        click.echo(raw if value == "raw" else _KUBERNETES_VERSION)
+        click.echo(VERSION if value == "raw" else _KUBERNETES_VERSION)
         context.exit(0)
     return value
 

@@ -74,7 +74,9 @@ def apply_conntrack(
                 _ensure(root, _NETFILTER / name, value)
     except (OSError, ValueError) as error:
         raise errors.KubeProxyError(
-            "could not set conntrack parameters from kube-proxy configuration: " + _reason(error)
+            "could not set conntrack parameters from kube-proxy configuration: "
+            f"{_reason(error)} (--init-only sets them for a process with fewer rights; those whose "
+            "--conntrack flag is 0 are left alone)"
         ) from error
 
 
@@ -100,7 +102,8 @@ def ensure_route_localnet(root: Path = _HOST) -> None:
     except OSError as error:
         raise errors.KubeProxyError(
             "unable to create proxier: unable to create ipv4 proxier: "
-            "can't set sysctl net/ipv4/conf/all/route_localnet to 1: " + _reason(error)
+            f"can't set sysctl net/ipv4/conf/all/route_localnet to 1: {_reason(error)} (--init-only "
+            "sets it for a process with fewer rights; --iptables-localhost-nodeports=false does without)"
         ) from error
 
 

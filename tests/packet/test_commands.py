@@ -134,6 +134,44 @@ def test_a_sysctl_that_cannot_be_set_ends_it_with_the_reason(clean_lab, command,
     assert "nf_conntrack_max" in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("left", "missing"),
+    [("net_raw", "CAP_NET_ADMIN"), ("net_admin", "CAP_NET_RAW")],
+)
+@pytest.mark.parametrize("name", ["run", "plan", "cleanup", "explain"])
+def test_without_its_rights_a_command_ends_with_their_name(clean_lab, objects, name, left, missing):
+    arguments = {
+        "run": flags(objects),
+        "plan": flags(objects),
+        "cleanup": [],
+        "explain": ["--live", "--to=10.0.0.1:80"],
+    }[name]
+    done = clean_lab.node.run(
+        [
+            *("setpriv", f"--bounding-set=-all,+{left}"),
+            *(sys.executable, "-m", "kubeproxy_py", name, *arguments),
+        ],
+        check=False,
+    )
+
+    assert done.returncode == 1
+    assert f"without {missing}, which" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_the_two_rights_it_names_are_enough(clean_lab, objects, backend):
+    done = clean_lab.node.run(
+        [
+            *("setpriv", "--bounding-set=-all,+net_admin,+net_raw"),
+            *(sys.executable, "-m", "kubeproxy_py", "plan", *flags(objects, backend)),
+        ],
+        check=False,
+    )
+
+    assert done.returncode == 2
+    assert "KUBE-SERVICES" in done.stdout
+
+
 def test_a_rewritten_configuration_file_ends_it(clean_lab, objects, tmp_path):
     config = tmp_path / "config.yaml"
     document = {

@@ -11,6 +11,7 @@ import pytest
 import structlog
 import yaml
 
+import kubeproxy_py
 from kubeproxy_py import cli, config, log
 from kubeproxy_py.iptables import chains
 from tests.support.api_server import ApiServer
@@ -103,6 +104,20 @@ def test_the_program_names_its_commands(command):
 
     assert ended.status == 0
     assert all(f"  {name} " in ended.out for name in COMMANDS)
+
+
+def test_the_program_says_which_version_it_is_and_behaves_as(command):
+    ended = command("--version")
+
+    assert ended == (
+        0,
+        f"kubeproxy-py {kubeproxy_py.__version__}, behaving as Kubernetes v1.36.2\n",
+        "",
+    )
+
+
+def test_run_says_the_version_as_kube_proxy_does(command):
+    assert command("run", "--version") == (0, "Kubernetes v1.36.2\n", "")
 
 
 def test_without_a_command_it_says_which_there_are(command):

@@ -194,7 +194,7 @@ def test_a_parameter_that_cannot_be_opened_is_fatal_in_kube_proxys_words(host, m
 
     wanted = (
         "could not set conntrack parameters from kube-proxy configuration: "
-        f"open {host.root}/{missing}: no such file or directory"
+        f"open {host.root}/{missing}: no such file or directory (--init-only sets them"
     )
     with pytest.raises(errors.KubeProxyError, match=re.escape(wanted)):
         host.apply(**settings)
