@@ -47,6 +47,53 @@ BENCH += $(if $(ONLY),--only $(ONLY)) $(if $(DOCS),--docs $(DOCS))
 bench: install ## measure all sizes, both backends and layouts (SIZES=100,1000 ONLY=sync,change; DOCS=docs renews tables)
 	$(SUDO) $(BIN)/python -m benchmarks --json build/bench.json $(BENCH)
 
+# What the image is called and made of. BASE: another base image; PLATFORM: for another machine, as linux/arm64;
+# IMAGE_FLAGS: more for the build, as --network=host. PIP_INDEX_URL and the like are passed on if they are set.
+DOCKER ?= docker
+VERSION = $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
+REVISION = $(shell git describe --always --dirty 2>/dev/null || echo unknown)
+IMAGE ?= kubeproxy-py:$(VERSION)
+PIP_SETTINGS := PIP_INDEX_URL PIP_EXTRA_INDEX_URL PIP_TRUSTED_HOST
+
+.PHONY: image
+image: ## the container image (IMAGE, BASE, PLATFORM, DOCKER=docker|podman, IMAGE_FLAGS=--network=host)
+	$(DOCKER) build $(if $(PLATFORM),--platform $(PLATFORM)) $(if $(BASE),--build-arg BASE=$(BASE)) \
+	  --build-arg VERSION=$(VERSION) --build-arg REVISION=$(REVISION) \
+	  $(foreach name,$(PIP_SETTINGS),$(if $($(name)),--build-arg $(name))) $(IMAGE_FLAGS) --tag $(IMAGE) .
+
+.PHONY: image-base
+image-base: ## a base image by debootstrap, where none can be pulled (BASE=name; SUITE, MIRROR, CA)
+	$(SUDO) env DOCKER="$(DOCKER)" deploy/image/make-base $(or $(BASE),kubeproxy-py-base)
+
+.PHONY: image-test
+image-test: install ## build the image and run it for real: needs docker and root, never uses the host's network
+	@$(DOCKER) info >/dev/null 2>&1 || { echo "cannot test the image: no answer from '$(DOCKER)' (is its daemon running?)" >&2; exit 2; }
+	$(MAKE) image
+	$(SUDO) env IMAGE="$(IMAGE)" DOCKER="$(DOCKER)" $(BIN)/python -m pytest tests/image
+
+# Where `make install-systemd` puts it: PREFIX (/usr/local); DESTDIR for packagers.
+.PHONY: install-systemd
+install-systemd: ## install or upgrade as a systemd service (PREFIX, DESTDIR, PYTHON); flags: /etc/default/kubeproxy-py
+	$(SUDO) env PREFIX="$(PREFIX)" DESTDIR="$(DESTDIR)" PYTHON="$(PYTHON)" deploy/systemd/install
+
+.PHONY: uninstall-systemd
+uninstall-systemd: ## remove it; rules stay (kubeproxy-py cleanup removes them), and so does /etc/default/kubeproxy-py
+	$(SUDO) env PREFIX="$(PREFIX)" DESTDIR="$(DESTDIR)" deploy/systemd/install --remove
+
+# Pinned, so that whoever runs it gets the same file. 0.13.9 is what the files were made with.
+UV := uv==0.13.9
+LOCK := --quiet --universal --python-version 3.11 --generate-hashes --no-annotate --custom-compile-command "make lock"
+
+.PHONY: lock
+lock: ## renew deploy/requirements*.txt, the exact dependencies of image and service (LOCK_FLAGS=--upgrade)
+	mkdir -p build
+	$(PYTHON) -m venv --clear build/lock
+	build/lock/bin/pip install --quiet '$(UV)'
+	build/lock/bin/uv pip compile $(LOCK) $(LOCK_FLAGS) pyproject.toml --output-file deploy/requirements.txt
+	$(PYTHON) -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["build-system"]["requires"], sep="\n")' \
+	  | build/lock/bin/uv pip compile $(LOCK) $(LOCK_FLAGS) - --output-file deploy/requirements-build.txt
+	rm -rf build/lock
+
 .PHONY: check
 check: install ## ruff, mypy --strict, import contracts
 	$(BIN)/ruff check .
