@@ -191,7 +191,7 @@ def test_the_service_may_do_what_it_must_and_no_more(unit):
     assert service["CapabilityBoundingSet"].split() == ["CAP_NET_ADMIN", "CAP_NET_RAW"]
     assert service["NoNewPrivileges"] == "yes"
     assert service["ProtectSystem"] == "strict"
-    assert service["ReadWritePaths"].split() == ["/run/xtables.lock"]
+    assert service["ReadWritePaths"].split() == ["-/run/xtables.lock"]
     assert set(service["RestrictAddressFamilies"].split()) == {
         *("AF_INET", "AF_INET6", "AF_NETLINK", "AF_UNIX"),
     }
