@@ -29,11 +29,10 @@ RUN /src/deploy/make-venv /opt/kubeproxy-py
 # --- what runs
 FROM ${BASE}
 
-# iptables: both backends and libxtables. nftables: removes the tables of kube-proxy's nftables mode. Connection tracking
-# and counters are spoken to over netlink, without programs. No kmod: whoever uses legacy tables has loaded them already,
-# and the kernel loads what nft needs.
+# iptables: both backends and libxtables. nftables: removes the tables of kube-proxy's nftables mode. kmod: with it
+# iptables-legacy loads its modules, in a container that may. Connection tracking and counters need no programs.
 RUN apt-get update \
- && DEBIAN_FRONTEND=noninteractive apt-get install --yes --no-install-recommends iptables nftables python3 \
+ && DEBIAN_FRONTEND=noninteractive apt-get install --yes --no-install-recommends iptables kmod nftables python3 \
  && rm -rf /var/lib/apt/lists/* /var/cache/* /var/log/*
 
 COPY --from=build /opt/kubeproxy-py /opt/kubeproxy-py
