@@ -20,6 +20,9 @@ from kubeproxy_py import (
     host,
     hostnet,
     nfacct,
+    status_command,
+    status_socket,
+    status_text,
     sysctls,
 )
 from kubeproxy_py import log as logging
@@ -170,6 +173,46 @@ def explain(
     click.echo(
         explain_command.answer(question, find, families, as_json=output == "json", bold=bold)
     )
+
+
+#: Where the commands that ask the running daemon find it.
+_status_socket_flag = click.option(
+    "--status-socket",
+    "path",
+    default=status_socket.DEFAULT_PATH,
+    show_default=True,
+    metavar="PATH",
+    help="Where the daemon listens (its flag of the same name).",
+)
+
+
+@cli.command("status")
+@_status_socket_flag
+@click.option(
+    "--last-failure",
+    is_flag=True,
+    help="Show the last iptables call that failed, with the rules around the refused one.",
+)
+@click.option("--output", type=click.Choice(["text", "json"]), default="text", show_default=True)
+def status(path: str, output: str, *, last_failure: bool) -> None:
+    """Ask the daemon of this node how it is: syncs, watches, drift, and what is wrong.
+
+    Exit status: 0 ready, 2 not ready or degraded, 1 it cannot be asked. Only root may ask.
+    """
+    if last_failure:
+        click.echo(status_command.tell_failures(path, as_json=output == "json"))
+        return
+    colour = _coloured if sys.stdout.isatty() else status_text.plain
+    text, exit_status = status_command.tell(path, as_json=output == "json", colour=colour)
+    click.echo(text)
+    sys.exit(exit_status)
+
+
+_COLOURS: Final = {"ready": "green", "degraded": "yellow", "not ready": "red"}
+
+
+def _coloured(text: str, state: str) -> str:
+    return click.style(text, fg=_COLOURS[state], bold=True)
 
 
 def _facts_of_host(stated: flags.HostFacts, programs: runner.Programs) -> flags.HostFacts:

@@ -237,6 +237,10 @@ class Ruleset:
         """Return how many rules of ours *table* has, without the jumps from built-in chains."""
         return self._rule_counts[table]
 
+    def trees(self) -> tuple[ChainId, ...]:
+        """Return the shared chains that are trees of chains now."""
+        return self._dispatch.trees()
+
     def lacking_local(self) -> tuple[int, int]:
         """Count ServicePorts whose (internal, external) Local policy finds no endpoint here."""
         return self._lacking

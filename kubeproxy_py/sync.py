@@ -13,7 +13,7 @@ from typing import Final, Protocol
 import msgspec
 import structlog
 
-from kubeproxy_py import conntrack, drift, echoes, rules
+from kubeproxy_py import conntrack, drift, echoes, failures, rules
 from kubeproxy_py.dispatch import ChainId
 from kubeproxy_py.errors import BatchRejected, IptablesError, LockTimeout
 from kubeproxy_py.iptables import chains, plan
@@ -78,6 +78,26 @@ class SyncResult(msgspec.Struct, frozen=True, kw_only=True):
     repairs: tuple[drift.Repair, ...] = ()
 
 
+class Quarantined(msgspec.Struct, frozen=True, kw_only=True):
+    """A Service that is set aside; times are Unix times."""
+
+    service: ServiceName
+    reason: str
+    since: float
+    retry_at: float
+    attempts: int
+
+
+class Programmed(msgspec.Struct, frozen=True, kw_only=True):
+    """What the last sync that succeeded left in force."""
+
+    services: int
+    endpoints: int
+    rules: dict[str, int]  # by table
+    trees: tuple[ChainId, ...]  # shared chains that are trees of chains
+    quarantined: tuple[Quarantined, ...]
+
+
 class Syncer:
     """Programs one family."""
 
@@ -112,6 +132,9 @@ class Syncer:
         self._quarantine = Quarantine()
         #: Services that are set aside because their rules were refused.
         self.quarantined: tuple[ServiceName, ...] = ()
+        #: Replaced as a whole, because other threads read them; None: it has not come to that yet.
+        self.programmed: Programmed | None = None
+        self.last_failure: failures.Failure | None = None
         # What Services had rules for when the last sync succeeded, as far as they changed since.
         self._before: dict[ServiceName, ServiceState | None] = {}
         self._must_compare_all = False
@@ -171,6 +194,7 @@ class Syncer:
         try:
             result = self._write_what_is_accepted(names, started)
         except IptablesError as error:
+            self.last_failure = failures.of(error, self._wall_clock())
             if isinstance(error, LockTimeout) and self._live is not None:
                 # Nothing of that batch, of one table, was done, and what was done before is known. What
                 # this sync was about is not known any more, so the next compares everything, in memory.
@@ -228,6 +252,7 @@ class Syncer:
             try:
                 return self._write(names, started)
             except BatchRejected as error:
+                self.last_failure = failures.of(error, self._wall_clock())
                 # Who has not looked may have been refused because of what others did meanwhile: a
                 # chain that is gone, say. No Service is to blame for that.
                 if has_looked:
@@ -426,6 +451,7 @@ class Syncer:
         self._before.clear()
         # Replaced as a whole: other threads read it.
         self.quarantined = tuple(sorted(self._quarantine.cases))
+        self.programmed = self._describe(now)
         metrics.quarantined_services.labels(family).set(len(self.quarantined))
         metrics.sync_last_timestamp.labels(family).set(now)
         for table in _TABLES:
@@ -453,6 +479,27 @@ class Syncer:
             chains_written=result.chains_written,
             chains_deleted=result.chains_deleted,
             duration_s=round(result.seconds, 4),
+        )
+
+    def _describe(self, now: float) -> Programmed:
+        ruleset, quarantine = self._ruleset, self._quarantine
+        quarantine.settle()
+        ahead = now - self._clock()
+        return Programmed(
+            services=ruleset.service_count,
+            endpoints=ruleset.endpoint_count,
+            rules={table: ruleset.rule_count(table) for table in _TABLES},
+            trees=ruleset.trees(),
+            quarantined=tuple(
+                Quarantined(
+                    service=name,
+                    reason=case.reason,
+                    since=case.since + ahead,
+                    retry_at=case.retry_at + ahead,
+                    attempts=case.attempts,
+                )
+                for name, case in sorted(quarantine.cases.items())
+            ),
         )
 
     def _observe(self, *, is_full: bool, seconds: float) -> None:

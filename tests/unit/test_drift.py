@@ -271,7 +271,7 @@ def test_a_suspicion_makes_a_sync_that_reads_no_more_than_it_must(world, loop, c
     assert turn(loop, clock) == "ok"
     assert world.own() == desired(make_service(), make_slice())
     assert world.kernel.saves == 1
-    assert [(repair.kind, repair.culprits) for repair in loop.repairs] == [
+    assert [(done.repair.kind, done.repair.culprits) for done in loop.history.repairs] == [
         ("chain_flushed", (NFT,))
     ]
 
