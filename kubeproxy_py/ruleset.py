@@ -219,6 +219,15 @@ class Ruleset:
         port = self._dispatch.owner(rule)
         return None if port is None else ServiceName(port.namespace, port.name)
 
+    def owners(self) -> dict[str, ServiceName]:
+        """Return whose each nat chain of a Service's own is."""
+        return {
+            chain: name
+            for name, service in self._services.items()
+            for fragment in service.fragments.values()
+            for chain in fragment.chains
+        }
+
     @property
     def is_large(self) -> bool:
         """Tell whether kube-proxy would call this a large cluster."""
