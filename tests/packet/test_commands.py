@@ -105,6 +105,7 @@ def test_what_plan_prints_as_restore_input_makes_the_plan_true(
 
 
 def test_plan_changes_nothing_on_a_host_without_counters(clean_lab, command, objects, backend):
+    clean_lab.node.run(["nfacct", "flush"])
     before = live(clean_lab, backend)
     command("plan", *flags(objects, backend), check=False)
 
