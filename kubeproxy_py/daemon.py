@@ -35,6 +35,7 @@ from kubeproxy_py import (
     manifests,
     metrics,
     nfacct,
+    node_events,
     notify,
     options,
     pages,
@@ -289,9 +290,7 @@ class Daemon:
         if not self._settings.manifests:
             self._spawn_watcher("Service")
             self._spawn_watcher("EndpointSlice")
-        self._recorder.node_event(
-            self._node_name, event_type="Normal", reason="Starting", action="StartKubeProxy"
-        )
+        self._post(node_events.STARTING)
         self._tell_phase("programming Services")
 
     def _program(
@@ -412,6 +411,7 @@ class Daemon:
             health=self._health,
             metrics=self._metrics,
             suspects=drift.Suspects(period_s),
+            tell=lambda news: self._report_news(family, news),
         )
         self._gatherer.add_family(
             family,
@@ -560,6 +560,31 @@ class Daemon:
             name=problem.name[:_MAX_NAME],
             field=problem.field,
             message=problem.message,
+        )
+
+    def _report_news(self, family: IPFamily, news: sync.SyncResult | drift.Contest) -> None:
+        if isinstance(news, drift.Contest):
+            self._post(node_events.contested(family, news))
+            return
+        for repair in news.repairs:
+            self._post(node_events.repaired(repair))
+        if news.chains_found and news.batches:
+            self._post(
+                node_events.adopted(
+                    family,
+                    found=news.chains_found,
+                    written=news.chains_written,
+                    deleted=news.chains_deleted,
+                )
+            )
+
+    def _post(self, event: node_events.NodeEvent) -> None:
+        self._recorder.node_event(
+            self._node_name,
+            event_type=event.event_type,
+            reason=event.reason,
+            action=event.action,
+            note=event.note,
         )
 
     def _report_quarantined(self, service: ServiceName, reason: str) -> None:

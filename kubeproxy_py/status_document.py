@@ -6,7 +6,7 @@ added get a default, so that the command understands a daemon of another version
 """
 
 from datetime import datetime
-from typing import Final, Literal
+from typing import Annotated, Final, Literal
 
 import msgspec
 
@@ -14,12 +14,14 @@ import msgspec
 SCHEMA: Final = 1
 
 State = Literal["ready", "degraded", "not ready"]
+#: With its zone, which is UTC.
+Moment = Annotated[datetime, msgspec.Meta(tz=True)]
 
 
 class SyncStatus(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
     """One sync that succeeded."""
 
-    at: datetime
+    at: Moment
     seconds: float
     kind: Literal["full", "partial"]
     restores: int
@@ -33,15 +35,15 @@ class QuarantinedService(msgspec.Struct, frozen=True, kw_only=True, rename="came
 
     service: str
     reason: str
-    since: datetime
-    retry_at: datetime
+    since: Moment
+    retry_at: Moment
     attempts: int
 
 
 class DriftRepair(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
     """Chains that others had changed, and that were put right."""
 
-    at: datetime
+    at: Moment
     table: str
     kind: str
     count: int
@@ -61,7 +63,7 @@ class FailureStatus(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
     """An iptables call that failed, with the input around the lines that it complained about."""
 
     ip_family: str
-    at: datetime
+    at: Moment
     message: str
     table: str = ""
     refused: tuple[int, ...] = ()
@@ -73,7 +75,7 @@ class FailureStatus(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
 class ConntrackStatus(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
     """The last clean-up of UDP connection tracking entries."""
 
-    at: datetime
+    at: Moment
     deleted: int = 0
     failed: int = 0
     error: str = ""
@@ -107,7 +109,7 @@ class WatchStatus(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
     kind: str
     objects: int
     resource_version: str
-    last_event_at: datetime | None
+    last_event_at: Moment | None
     is_stale: bool
     failing_seconds: float | None = None
     error: str = ""
@@ -127,7 +129,7 @@ class Status(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
     """How this node's proxy is."""
 
     schema: int = SCHEMA
-    now: datetime
+    now: Moment
     state: State
     #: Why it is not ready, then what else is wrong.
     reasons: tuple[str, ...] = ()
@@ -136,7 +138,7 @@ class Status(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
     node: NodeStatus
     version: str
     pid: int
-    started_at: datetime
+    started_at: Moment
     source: str
     backend: str = ""
     dispatch: str = ""

@@ -76,6 +76,8 @@ class SyncResult(msgspec.Struct, frozen=True, kw_only=True):
     seconds: float
     #: What others had changed and this sync put right.
     repairs: tuple[drift.Repair, ...] = ()
+    #: Chains of ours that were there at the first look.
+    chains_found: int = 0
 
 
 class Quarantined(msgspec.Struct, frozen=True, kw_only=True):
@@ -138,6 +140,8 @@ class Syncer:
         # What Services had rules for when the last sync succeeded, as far as they changed since.
         self._before: dict[ServiceName, ServiceState | None] = {}
         self._must_compare_all = False
+        # Chains of ours that were there at the first look; None: nobody has looked.
+        self._chains_found: int | None = None
         # The last sync that succeeded left the kernel as desired: what differs when it is read, others
         # changed, unless we were asked for it since.
         self._is_auditing = False
@@ -323,6 +327,8 @@ class Syncer:
             self._effects.prepare()
             self._live = self._kernel.save()
             self._echoes.undo(self._live)
+            if self._chains_found is None:
+                self._chains_found = chains.count_ours(self._live)
         elif self._suspected:
             self._read_suspected(self._live)
             touched = asked_for | self._suspected
@@ -362,6 +368,7 @@ class Syncer:
             chains_deleted=sum(len(section.delete) for section in sections),
             seconds=self._clock() - started,
             repairs=repairs,
+            chains_found=self._chains_found or 0 if self.programmed is None else 0,
         )
 
     def _read_suspected(self, live: chains.Tables) -> None:

@@ -75,6 +75,10 @@ class History(msgspec.Struct, frozen=True, kw_only=True):
         )
 
 
+def _to_nobody(_news: SyncResult | drift.Contest) -> None:
+    pass
+
+
 class SyncLoop:
     """Runs a Syncer whenever its Pacer says so, until stopped."""
 
@@ -87,6 +91,7 @@ class SyncLoop:
         health: Health,
         metrics: Metrics,
         suspects: drift.Suspects | None = None,
+        tell: Callable[[SyncResult | drift.Contest], None] = _to_nobody,
         clock: Callable[[], float] = time.monotonic,
         wall_clock: Callable[[], float] = time.time,
     ) -> None:
@@ -97,6 +102,8 @@ class SyncLoop:
         self._metrics = metrics
         self._clock = clock
         self._wall_clock = wall_clock
+        # Called after each sync that succeeded and when a contest has begun; must not block.
+        self._tell = tell
         self._wake = threading.Condition()
         # Guarded by the condition: the pacer, and
         self._is_stopped = False
@@ -180,6 +187,7 @@ class SyncLoop:
                 wait_s=contest.wait_s,
                 **drift.told(contest.culprits),
             )
+            self._tell(contest)
 
     def contested(self) -> tuple[drift.Contest, ...]:
         """Return who fights with us now. Waits for nobody but a nudge that is being taken."""
@@ -197,6 +205,7 @@ class SyncLoop:
                 self._has_repaired = bool(result.repairs)
                 self.history = self.history.with_done(Done(self._wall_clock(), result))
                 self._health.updated(self._family)
+                self._tell(result)
         except LockTimeout as error:
             log.warning("sync.delayed", ip_family=self._family.value, error=str(error))
             self._note_error(error)

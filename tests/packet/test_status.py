@@ -1,8 +1,6 @@
 """What the running daemon says of itself on its socket, and to whom."""
 
 import json
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
@@ -37,26 +35,14 @@ def start(clean_lab, backend, api, tmp_path):
     return start
 
 
-def ask(proxy: Proxy, *arguments, prefix=()) -> subprocess.CompletedProcess[str]:
-    return proxy.lab.node.run(
-        [
-            *prefix,
-            *(sys.executable, "-m", "kubeproxy_py", "status"),
-            f"--status-socket={proxy.status_socket}",
-            *arguments,
-        ],
-        check=False,
-    )
-
-
 def document(proxy: Proxy) -> dict:
-    return json.loads(ask(proxy, "--output=json").stdout)
+    return json.loads(proxy.ask("--output=json").stdout)
 
 
 def test_a_daemon_that_is_well_says_so_in_text_and_json(start, backend):
     with start() as proxy:
         proxy.wait_synced()
-        asked = ask(proxy)
+        asked = proxy.ask()
         found = document(proxy)
 
     assert (asked.returncode, asked.stdout.splitlines()[0]) == (0, "node1: ready")
@@ -78,7 +64,7 @@ def test_before_services_are_listed_it_says_what_is_missing(start, api):
     api.fail(503, resource="services", times=None)
     with start() as proxy:
         proxy.wait(lambda: bool(proxy.events("watch.failed")))
-        asked = ask(proxy)
+        asked = proxy.ask()
         found = document(proxy)
 
     assert asked.returncode == 2
@@ -104,10 +90,10 @@ def test_nobody_but_root_is_answered(start):
         socket = Path(directory) / "status.sock"
         with start(f"--status-socket={socket}") as proxy:
             proxy.wait_synced()
-            shut_out = ask(proxy, f"--status-socket={socket}", prefix=other)
+            shut_out = proxy.ask(f"--status-socket={socket}", prefix=other)
             # Even if somebody gives the file away, the daemon looks at who connects.
             socket.chmod(0o666)
-            refused = ask(proxy, f"--status-socket={socket}", prefix=other)
+            refused = proxy.ask(f"--status-socket={socket}", prefix=other)
 
     assert (shut_out.returncode, refused.returncode) == (1, 1)
     assert "only root may open it" in shut_out.stderr
@@ -134,7 +120,7 @@ def test_after_its_end_nobody_answers_and_the_socket_is_gone(start):
         proxy.wait_synced()
         assert proxy.status_socket.exists()
         proxy.end(15)
-        asked = ask(proxy)
+        asked = proxy.ask()
 
         assert not proxy.status_socket.exists()
     assert asked.returncode == 1

@@ -95,6 +95,12 @@ class Proxy:
                 total += float(value)
         return total
 
+    def ask(self, *arguments: str, prefix: Sequence[str] = ()) -> subprocess.CompletedProcess[str]:
+        """Run ``kubeproxy-py status``, by another program if *prefix* names one."""
+        program = (sys.executable, "-m", "kubeproxy_py", "status")
+        socket = f"--status-socket={self.status_socket}"
+        return self.lab.node.run([*prefix, *program, socket, *arguments], check=False)
+
     # What it does ----------------------------------------------------------------------------------
 
     def live(self, family: IPFamily = IPFamily.V4) -> chains.Tables:
