@@ -421,6 +421,9 @@ class Daemon:
                 programmed=lambda: syncer.programmed,
                 last_failure=lambda: syncer.last_failure,
                 contested=loop.contested,
+                lock_wait=lambda: syncer.lock_wait,
+                lock_waited_s=lambda: syncer.lock_waited_s,
+                missing_capabilities=tuple(sorted(found.lacks)),
             ),
         )
         return loop

@@ -221,12 +221,7 @@ class Ruleset:
 
     def owners(self) -> dict[str, ServiceName]:
         """Return whose each nat chain of a Service's own is."""
-        return {
-            chain: name
-            for name, service in self._services.items()
-            for fragment in service.fragments.values()
-            for chain in fragment.chains
-        }
+        return {chain: name for name, service in self._services.items() for chain in service.chains}
 
     @property
     def is_large(self) -> bool:

@@ -5,6 +5,7 @@ Nothing that is called here waits for a sync, so an answer takes milliseconds wh
 """
 
 import os
+import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
@@ -14,6 +15,7 @@ import msgspec
 
 from kubeproxy_py import drift, failures
 from kubeproxy_py.conntrack import Outcome
+from kubeproxy_py.iptables.lock import LockWait
 from kubeproxy_py.iptables.runner import Programs
 from kubeproxy_py.model import IPFamily, Node
 from kubeproxy_py.status_document import (
@@ -22,6 +24,7 @@ from kubeproxy_py.status_document import (
     DriftRepair,
     FailureStatus,
     FamilyStatus,
+    LockStatus,
     NodeStatus,
     QuarantinedService,
     State,
@@ -37,6 +40,8 @@ from kubeproxy_py.watch import WatchState
 _FAILING_IS_BAD_S: Final = 60.0
 # Bookmarks come about once a minute; the alert KubeProxyWatchStale has the same limit.
 _STALE_S: Final = 300.0
+# Many hosts do without, and few Services need them.
+_DISPENSABLE: Final = frozenset({"nfacct", "random-fully", "sctp"})
 # Chains that one line of text has room for.
 _NAMED_CHAINS: Final = 5
 
@@ -49,6 +54,10 @@ class FamilyParts(msgspec.Struct, frozen=True, kw_only=True):
     programmed: Callable[[], Programmed | None]
     last_failure: Callable[[], failures.Failure | None]
     contested: Callable[[], Sequence[drift.Contest]]
+    lock_wait: Callable[[], LockWait | None]
+    lock_waited_s: Callable[[], float]
+    #: What rules would need and this host does not have.
+    missing_capabilities: tuple[str, ...]
 
 
 class Gatherer:
@@ -93,15 +102,18 @@ class Gatherer:
         #: Returns the Node, as far as it is known.
         self.node: Callable[[], Node | None] = _nobody
         self.conntrack: Callable[[], Mapping[IPFamily, tuple[float, Outcome | str]]] = dict
-        # Replaced as wholes: requests come on other threads.
+        self._lock = threading.Lock()
+        # Replaced under the lock, as wholes: requests come on other threads.
         self._families: Mapping[IPFamily, FamilyParts] = {}
         self._watches: tuple[Callable[[], WatchState], ...] = ()
 
     def add_family(self, family: IPFamily, parts: FamilyParts) -> None:
-        self._families = {**self._families, family: parts}
+        with self._lock:
+            self._families = {**self._families, family: parts}
 
     def add_watch(self, state: Callable[[], WatchState]) -> None:
-        self._watches = (*self._watches, state)
+        with self._lock:
+            self._watches = (*self._watches, state)
 
     def status(self) -> Status:
         """Return how everything is now."""
@@ -112,7 +124,7 @@ class Gatherer:
             family_status(
                 family, parts, pending_s=pending.get(family), conntrack=conntrack.get(family)
             )
-            for family, parts in self._families.items()
+            for family, parts in sorted(self._families.items(), key=_by_name)
         )
         watches = tuple(watch_status(state(), now) for state in self._watches)
         unreadiness = self._unreadiness()
@@ -136,8 +148,13 @@ class Gatherer:
 
     def failures(self) -> tuple[FailureStatus, ...]:
         """Return the last failure of each family that had one, with its input."""
-        found = ((family, parts.last_failure()) for family, parts in self._families.items())
+        families = sorted(self._families.items(), key=_by_name)
+        found = ((family, parts.last_failure()) for family, parts in families)
         return tuple(_failure(family, failure) for family, failure in found if failure is not None)
+
+
+def _by_name(item: tuple[IPFamily, FamilyParts]) -> str:
+    return item[0].value
 
 
 def family_status(
@@ -196,6 +213,8 @@ def family_status(
         last_failure=None
         if failure is None
         else msgspec.structs.replace(_failure(family, failure), lines=()),
+        missing_capabilities=parts.missing_capabilities,
+        lock=_lock(parts),
     )
 
 
@@ -242,6 +261,15 @@ def _family_warnings(family: FamilyStatus) -> Iterable[str]:
         chains = ", ".join(contest.chains[:_NAMED_CHAINS]) or "all chains"
         who = ", ".join(contest.processes) or "an unknown process"
         yield f"{name}: {who} changes {chains} again and again; repairs wait {contest.wait_seconds:g} s"
+    missing = [what for what in family.missing_capabilities if what not in _DISPENSABLE]
+    if missing:
+        yield f"{name}: the kernel or iptables lacks {', '.join(missing)}, which Services may need"
+    if family.lock is not None and family.lock.waiting_seconds is not None:
+        who = "; ".join(family.lock.holders) or "nobody that can be seen from here"
+        yield (
+            f"{name}: waits for the xtables lock for {family.lock.waiting_seconds:.1f} s;"
+            f" who has it: {who}"
+        )
     if family.conntrack is not None and family.conntrack.error:
         yield f"{name}: stale UDP connections are not cleaned up: {family.conntrack.error}"
 
@@ -300,6 +328,15 @@ def _node(name: str, node: Node | None) -> NodeStatus:
 
 def _nobody() -> None:
     return None
+
+
+def _lock(parts: FamilyParts) -> LockStatus:
+    wait = parts.lock_wait()
+    return LockStatus(
+        waited_seconds=round(parts.lock_waited_s(), 3),
+        waiting_seconds=None if wait is None else round(wait.seconds, 3),
+        holders=() if wait is None else tuple(map(str, wait.holders)),
+    )
 
 
 def _processes(culprits: Iterable[drift.Culprit]) -> tuple[str, ...]:

@@ -81,6 +81,14 @@ class ConntrackStatus(msgspec.Struct, frozen=True, kw_only=True, rename="camel")
     error: str = ""
 
 
+class LockStatus(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
+    """The xtables lock, which legacy programs share: how long we waited for it, and for whom now."""
+
+    waited_seconds: float
+    waiting_seconds: float | None = None
+    holders: tuple[str, ...] = ()
+
+
 class FamilyStatus(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
     """One IP family."""
 
@@ -101,6 +109,8 @@ class FamilyStatus(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
     contested: tuple[ContestedChains, ...] = ()
     conntrack: ConntrackStatus | None = None
     last_failure: FailureStatus | None = None
+    missing_capabilities: tuple[str, ...] = ()
+    lock: LockStatus | None = None
 
 
 class WatchStatus(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):

@@ -98,6 +98,7 @@ def _family_lines(family: FamilyStatus, now: datetime) -> list[str]:
     rules = ", ".join(f"{count} in {table}" for table, count in family.rules.items())
     rows = [
         ("programs", f"{family.program} {family.program_version}"),
+        *([("lacks", ", ".join(lacking))] if (lacking := family.missing_capabilities) else []),
         ("services", f"{family.services}, with {family.endpoints} endpoints"),
         ("rules", rules or "none written yet"),
         ("layout", f"trees: {', '.join(family.trees)}" if family.trees else "flat"),
@@ -112,6 +113,9 @@ def _family_lines(family: FamilyStatus, now: datetime) -> list[str]:
         ("queue", "empty" if waiting is None else f"a change waits for {age_text(waiting)}")
     )
     rows.append(("conntrack", _conntrack_text(family.conntrack, now)))
+    if family.lock is not None and family.lock.waited_seconds:
+        waited = age_text(family.lock.waited_seconds)
+        rows.append(("xtables lock", f"waited for it for {waited} since the start"))
     if family.last_failure is not None:
         rows.append(("last failure", f"{_age(now, family.last_failure.at)} ago (--last-failure)"))
     lines = [family.ip_family, *_columns(rows)]

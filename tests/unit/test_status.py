@@ -8,12 +8,14 @@ import pytest
 
 from kubeproxy_py import conntrack, drift, failures, status
 from kubeproxy_py.dispatch import ChainId
+from kubeproxy_py.iptables.lock import Holder, LockWait
 from kubeproxy_py.iptables.runner import Programs
 from kubeproxy_py.model import IPFamily, Node, ServiceName
 from kubeproxy_py.status_document import (
     ConntrackStatus,
     ContestedChains,
     FamilyStatus,
+    LockStatus,
     NodeStatus,
     Status,
     WatchStatus,
@@ -77,13 +79,16 @@ def gatherer(**fields):
     )
 
 
-def parts(history=History(), programmed=None, failure=None, contests=()):  # noqa: B008 - immutable
+def parts(history=History(), programmed=None, failure=None, contests=(), wait=None):  # noqa: B008 - immutable
     return status.FamilyParts(
         programs=PROGRAMS,
         history=lambda: history,
         programmed=lambda: programmed,
         last_failure=lambda: failure,
         contested=lambda: contests,
+        lock_wait=lambda: wait,
+        lock_waited_s=lambda: 1.5,
+        missing_capabilities=("nfacct",),
     )
 
 
@@ -114,8 +119,19 @@ def test_the_node_is_told_as_it_is_known():
 
 def test_a_family_that_has_not_synced_has_programs_and_nothing_else():
     assert family() == FamilyStatus(
-        ip_family="IPv4", program="/sbin/iptables-nft-restore", program_version="1.8.9"
+        ip_family="IPv4",
+        program="/sbin/iptables-nft-restore",
+        program_version="1.8.9",
+        missing_capabilities=("nfacct",),
+        lock=LockStatus(waited_seconds=1.5),
     )
+
+
+def test_who_has_the_lock_is_told():
+    found = family(parts(wait=LockWait(2.25, (Holder(7, "iptables", "iptables -L"),)))).lock
+
+    assert found.waiting_seconds == 2.25
+    assert found.holders == ("iptables (pid 7): iptables -L",)
 
 
 def test_what_is_programmed_and_how_it_went_is_told():
@@ -259,6 +275,31 @@ DEGRADED = [
         },
         "stale UDP connections are not cleaned up: EPERM",
     ),
+    (
+        {"families": [FamilyStatus(ip_family="IPv4", missing_capabilities=("nfacct", "recent"))]},
+        "lacks recent, which",
+    ),
+    (
+        {
+            "families": [
+                FamilyStatus(
+                    ip_family="IPv4",
+                    lock=LockStatus(waited_seconds=9, waiting_seconds=2.04, holders=("x",)),
+                )
+            ]
+        },
+        "waits for the xtables lock for 2.0 s; who has it: x",
+    ),
+    (
+        {
+            "families": [
+                FamilyStatus(
+                    ip_family="IPv4", lock=LockStatus(waited_seconds=9, waiting_seconds=2.04)
+                )
+            ]
+        },
+        "who has it: nobody that can be seen from here",
+    ),
     ({"watches": [watch(failing_seconds=60.0, error="refused")]}, "cannot be read"),
     ({"watches": [watch(is_stale=True)]}, "silent for more than 300 s"),
     ({"node": msgspec.structs.replace(NODE, is_eligible=False)}, "/healthz is 503"),
@@ -278,6 +319,15 @@ def test_what_works_but_not_as_it_should_is_degraded(what, told):
     [
         {"watches": [watch(failing_seconds=59.0, error="refused")]},
         {"node": NodeStatus(name="node1")},
+        {
+            "families": [
+                FamilyStatus(
+                    ip_family="IPv4",
+                    missing_capabilities=("sctp",),
+                    lock=LockStatus(waited_seconds=9),
+                )
+            ]
+        },
         {
             "families": [
                 FamilyStatus(ip_family="IPv4", conntrack=ConntrackStatus(at=MOMENT, deleted=3))

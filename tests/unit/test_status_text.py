@@ -11,6 +11,7 @@ from kubeproxy_py.status_document import (
     DriftRepair,
     FailureStatus,
     FamilyStatus,
+    LockStatus,
     NodeStatus,
     QuarantinedService,
     Status,
@@ -160,6 +161,15 @@ def test_earlier_syncs_are_told_where_they_differ():
 
 def test_a_change_that_waits_is_told_with_its_age():
     assert row(family_text(pending_seconds=12.4), "queue") == "a change waits for 12 s"
+
+
+def test_what_the_host_lacks_and_waits_for_the_lock_are_told():
+    found = family_text(missing_capabilities=("nfacct", "sctp"), lock=LockStatus(waited_seconds=9))
+
+    assert row(found, "lacks") == "nfacct, sctp"
+    assert row(found, "xtables lock") == "waited for it for 9 s since the start"
+    assert "lacks" not in text()
+    assert "xtables" not in family_text(lock=LockStatus(waited_seconds=0))
 
 
 def test_the_layout_names_the_trees():
