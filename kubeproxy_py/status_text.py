@@ -88,7 +88,7 @@ def _troubles(family: FamilyStatus, now: datetime) -> Iterator[str]:
     for case in family.quarantined[:_SHOWN]:
         yield from _wrap(
             f"{family.ip_family}: {case.service} has been set aside for {_age(now, case.since)}"
-            f" ({case.attempts} attempts, next in {_until(now, case.retry_at)}): {case.reason}"
+            f" ({_count(case.attempts, 'attempt')}, next in {_until(now, case.retry_at)}): {case.reason}"
         )
     for line in _more(len(family.quarantined)):
         yield from _wrap(line)
