@@ -62,7 +62,9 @@ def _settings(flag_values: flags.FlagValues) -> flags.Settings:
     return settings
 
 
-@cli.command("run", cls=flag_types.Command)
+@cli.command(
+    "run", cls=flag_types.Command, short_help="Program this node's Services, until stopped."
+)
 @flags.proxy_flags
 def run(flag_values: flags.FlagValues) -> None:
     """Program this node's Services, until stopped; rules stay in place then.
@@ -90,13 +92,17 @@ def _write_config(settings: flags.Settings) -> None:
     log.info("config.written", path=str(path))
 
 
-@cli.command("render", cls=flag_types.Command)
+@cli.command(
+    "render", cls=flag_types.Command, short_help="Print all rules there would be, changing nothing."
+)
 @flags.rule_flags
 @flags.host_fact_flags
 def render(flag_values: flags.FlagValues, host_facts: flags.HostFacts) -> None:
     """Print the complete rules of one family for an otherwise empty host, as iptables-restore input.
 
-    Objects come from --manifests; what `run` would learn from the host is stated with flags.
+    Objects come from --manifests, or from the API server named by --kubeconfig. What `run` would learn
+    from the host is stated with flags (--node-ip, --interface-address, ...), so that the same command
+    prints the same everywhere.
     """
     settings = _settings(flag_values)
     family = host_facts.ip_family or IPFamily.V4
@@ -110,7 +116,9 @@ def render(flag_values: flags.FlagValues, host_facts: flags.HostFacts) -> None:
         click.echo(batch.render(), nl=False)
 
 
-@cli.command("plan", cls=flag_types.Command)
+@cli.command(
+    "plan", cls=flag_types.Command, short_help="Print what would change on this host, by Service."
+)
 @flags.rule_flags
 @flags.host_fact_flags
 @click.option(
@@ -118,7 +126,8 @@ def render(flag_values: flags.FlagValues, host_facts: flags.HostFacts) -> None:
     type=click.Choice(["text", "summary", "restore", "json"]),
     default="text",
     show_default=True,
-    help="Rules by Service; one line a Service; iptables-restore input; all of it for programs.",
+    help="text: rules by Service; summary: a line for each Service; restore: the input for "
+    "iptables-restore; json: all of it, for programs.",
 )
 @click.option(
     "--color",
@@ -213,7 +222,11 @@ def _programs(
     return found
 
 
-@cli.command("explain", cls=flag_types.Command)
+@cli.command(
+    "explain",
+    cls=flag_types.Command,
+    short_help="Tell what becomes of a packet or a Service's clients.",
+)
 @flags.rule_flags
 @flags.host_fact_flags
 @click.argument("service", required=False, default="", metavar="[NAMESPACE/NAME]")
@@ -223,11 +236,25 @@ def _programs(
 @click.option("--to", default="", metavar="IP:PORT/PROTO", help="Where to; tcp if not said.")
 @click.option("--in-interface", default="", metavar="DEV", help="By which interface it comes.")
 @click.option("--live", "is_live", is_flag=True, help="Look at the rules this host has now.")
-@click.option("--output", type=click.Choice(["text", "json"]), default="text", show_default=True)
+@click.option(
+    "--output",
+    type=click.Choice(["text", "json"]),
+    default="text",
+    show_default=True,
+    help="Text for people, or JSON for programs.",
+)
 def explain(
     flag_values: flags.FlagValues, host_facts: flags.HostFacts, output: str, **asked: Any
 ) -> None:
-    """Walk a packet, or all who may use a Service, through the rules: what becomes of it, and why."""
+    r"""Walk a packet, or all who may use a Service, through the rules: what becomes of it, and why.
+
+    The rules are those that `run` would write, for the objects of --manifests or of the API server, or
+    with --live those that this host has. Exit status: 0 explained, 1 error.
+
+    \b
+    kubeproxy-py explain default/web --kubeconfig ...
+    kubeproxy-py explain --live --from 10.244.1.7 --to 10.96.0.10:53/udp
+    """
     settings = _settings(flag_values)
     question = explain_command.Question(**asked)
     if question.is_live and settings.manifests:
@@ -261,14 +288,20 @@ _status_socket_flag = click.option(
 )
 
 
-@cli.command("status")
+@cli.command("status", short_help="Ask the running daemon how it is.")
 @_status_socket_flag
 @click.option(
     "--last-failure",
     is_flag=True,
     help="Show the last iptables call that failed, with the rules around the refused one.",
 )
-@click.option("--output", type=click.Choice(["text", "json"]), default="text", show_default=True)
+@click.option(
+    "--output",
+    type=click.Choice(["text", "json"]),
+    default="text",
+    show_default=True,
+    help="Text for people, or JSON for programs (docs/status.schema.json).",
+)
 def status(path: str, output: str, *, last_failure: bool) -> None:
     """Ask the daemon of this node how it is: syncs, watches, drift, and what is wrong.
 
@@ -325,17 +358,25 @@ def _build(
     return desired.build(settings, store, host_facts, node_name, family)
 
 
-@cli.command("cleanup", cls=flag_types.Command)
+@cli.command(
+    "cleanup",
+    cls=flag_types.Command,
+    short_help="Remove all rules of kube-proxy and of this program.",
+)
 @flags.cleanup_flags
 @click.option(
     "--backend",
     type=click.Choice(["both", "nft", "legacy"]),
     default="both",
     show_default=True,
-    help="Where to look for rules of ours.",
+    help="Whose tables to look into.",
 )
 def cleanup(flag_values: flags.FlagValues, backend: str) -> None:
-    """Remove everything that kube-proxy or we have written, and nothing else."""
+    """Remove all rules that kube-proxy or this program has written, and nothing else.
+
+    Services stop working on this node, until a proxy is started again; stop the one that runs first.
+    Exit status: 0 all is gone, 1 something could not be removed.
+    """
     _settings(flag_values)
     _clean_all(backend)
 

@@ -378,7 +378,7 @@ _FACT_OPTIONS: Final = (
     click.option(
         "--ip-family",
         type=flag_types.Choice("ipv4", "ipv6"),
-        help="Family of the rules.",
+        help="Only this family; without it, both (render: ipv4).",
     ),
     click.option(
         "--node-ip",
