@@ -20,8 +20,16 @@ help: ## this list
 demo: install ## a node in a namespace: rules programmed from files, real traffic, shares shown
 	$(SUDO) $(BIN)/python -m deploy.demo.demo $(DEMO)
 
+# Tests of the monitoring files run it. From the package of Debian and Ubuntu, but not installed: that
+# would start a server on this machine.
+build/promtool:
+	@mkdir -p build/prometheus
+	@cd build/prometheus && { apt-get download -qq prometheus || { $(SUDO) apt-get update -qq && apt-get download -qq prometheus; }; }
+	@cd build/prometheus && dpkg-deb --fsys-tarfile prometheus_*.deb | tar -xf - --strip-components=3 -C .. ./usr/bin/promtool
+	@rm -r build/prometheus && touch $@
+
 .PHONY: test
-test: check ## everything: lint, types, import contracts, unit and packet tests
+test: check build/promtool ## everything: lint, types, import contracts, unit and packet tests
 	$(PYTEST) $(TESTS)
 
 .PHONY: test-unit

@@ -67,6 +67,12 @@ class Silence(errors.ApiUnavailable):
     """The server sent nothing for longer than the read timeout."""
 
 
+_CONTENT_TYPES: Final = {
+    "POST": "application/json",
+    "PATCH": "application/strategic-merge-patch+json",
+}
+
+
 class _Request(NamedTuple):
     method: str
     url: str
@@ -191,6 +197,12 @@ class Connection:
         with self._request("POST", path, {}, payload, _READ_TIMEOUT_S) as response:
             return response.read()
 
+    def patch(self, path: str, body: object) -> bytes:
+        """Send *body* as a strategic merge patch, like ``post``."""
+        payload = msgspec.json.encode(body)
+        with self._request("PATCH", path, {}, payload, _READ_TIMEOUT_S) as response:
+            return response.read()
+
     def close(self) -> None:
         """Refuse all further requests and end those in flight, also reads that block in other threads.
 
@@ -260,7 +272,7 @@ class Connection:
         """Return the answer, whatever its status, and the generation of the credentials sent."""
         pool, headers, generation = self._prepare()
         if request.body is not None:
-            headers["Content-Type"] = "application/json"
+            headers["Content-Type"] = _CONTENT_TYPES[request.method]
         started = self._clock()
         code = "<error>"  # client-go's word for a request without an answer
         try:

@@ -2,11 +2,14 @@
 
 import dataclasses
 import functools
+import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final, NoReturn, cast
 
 import click
+import msgspec
 import structlog
 
 import kubeproxy_py
@@ -21,15 +24,22 @@ from kubeproxy_py import (
     host,
     hostnet,
     nfacct,
+    preview,
+    preview_text,
     privileges,
+    status_command,
+    status_socket,
+    status_text,
+    sync,
     sysctls,
 )
 from kubeproxy_py import log as logging
 from kubeproxy_py import rules as rule_names
 from kubeproxy_py.errors import BackendMissing, ConfigError, KubeProxyError
-from kubeproxy_py.iptables import chains, plan, runner
+from kubeproxy_py.iptables import plan, runner
 from kubeproxy_py.model import IPFamily, Problem
 from kubeproxy_py.ruleset import Ruleset
+from kubeproxy_py.store import Store
 
 log = structlog.get_logger()
 
@@ -55,7 +65,9 @@ def _settings(flag_values: flags.FlagValues) -> flags.Settings:
     return settings
 
 
-@cli.command("run", cls=flag_types.Command)
+@cli.command(
+    "run", cls=flag_types.Command, short_help="Program this node's Services, until stopped."
+)
 @flags.proxy_flags
 def run(flag_values: flags.FlagValues) -> None:
     """Program this node's Services, until stopped; rules stay in place then.
@@ -83,17 +95,21 @@ def _write_config(settings: flags.Settings) -> None:
     log.info("config.written", path=str(path))
 
 
-@cli.command("render", cls=flag_types.Command)
+@cli.command(
+    "render", cls=flag_types.Command, short_help="Print all rules there would be, changing nothing."
+)
 @flags.rule_flags
 @flags.host_fact_flags
 def render(flag_values: flags.FlagValues, host_facts: flags.HostFacts) -> None:
     """Print the complete rules of one family for an otherwise empty host, as iptables-restore input.
 
-    Objects come from --manifests; what `run` would learn from the host is stated with flags.
+    Objects come from --manifests, or from the API server named by --kubeconfig. What `run` would learn
+    from the host is stated with flags (--node-ip, --interface-address, ...), so that the same command
+    prints the same everywhere.
     """
     settings = _settings(flag_values)
     family = host_facts.ip_family or IPFamily.V4
-    ruleset = _build(settings, host_facts, family)
+    ruleset = _build(settings, _load(settings), host_facts, family)
     # The canary chains hold no rule; they tell the daemon of a flush, and a listing of nothing.
     tables = {
         table: {name: texts for name, texts in found.items() if name != rule_names.CANARY}
@@ -103,25 +119,93 @@ def render(flag_values: flags.FlagValues, host_facts: flags.HostFacts) -> None:
         click.echo(batch.render(), nl=False)
 
 
-@cli.command("plan", cls=flag_types.Command)
+@cli.command(
+    "plan", cls=flag_types.Command, short_help="Print what would change on this host, by Service."
+)
 @flags.rule_flags
 @flags.host_fact_flags
-def plan_command(flag_values: flags.FlagValues, host_facts: flags.HostFacts) -> None:
-    """Print what would change on this host now: exit 0 nothing, 2 something, 1 error."""
+@click.option(
+    "--output",
+    type=click.Choice(["text", "summary", "restore", "json"]),
+    default="text",
+    show_default=True,
+    help="text: rules by Service; summary: a line for each Service; restore: the input for "
+    "iptables-restore; json: all of it, for programs.",
+)
+@click.option(
+    "--color",
+    type=click.Choice(["auto", "always", "never"]),
+    default="auto",
+    show_default=True,
+    help="Whether text is coloured; auto: on a terminal, unless NO_COLOR is set.",
+)
+def plan_command(
+    flag_values: flags.FlagValues, host_facts: flags.HostFacts, output: str, color: str
+) -> None:
+    """Print what `run` would change on this host now, and change nothing.
+
+    Objects come from the API server named by --kubeconfig, or from --manifests. Exit status: 0 nothing
+    would change, 2 something would, 1 error.
+    """
     settings = _settings(flag_values)
     config.require_iptables_mode(settings.config)
     privileges.require_netfilter()
     backend = host.choose_backend(settings.iptables_backend)
-    found = _EXIT_NOTHING
-    for family, programs in _programs(backend, host_facts.ip_family).items():
-        kernel = runner.Iptables(programs)
-        ruleset = _build(settings, _facts_of_host(host_facts, programs), family)
-        live: chains.Tables = kernel.save()
-        for batch in plan.plan(ruleset.tables, live, groups=ruleset.groups()):
-            found = _EXIT_CHANGES
-            click.echo(f"# {family.value}, {backend}")
-            click.echo(batch.render(), nl=False)
-    sys.exit(found)
+    found = list(_previews(settings, host_facts, backend))
+    if output == "json":
+        click.echo(msgspec.json.format(msgspec.json.encode([one for one, _ in found])))
+    elif output == "restore":
+        for one, batches in found:
+            for batch in batches:
+                click.echo(f"# {one.ip_family}, {one.backend}\n{batch.render()}", nl=False)
+    else:
+        paint = _painted if _is_coloured(color) else preview_text.plain
+        for one, batches in found:
+            if batches:
+                text = preview_text.changes_text(one, paint, has_rules=output == "text")
+                click.echo(f"{text}\n", color=True)
+        for one, _ in found:
+            click.echo(preview_text.summary_text(one))
+    sys.exit(_EXIT_CHANGES if any(batches for _, batches in found) else _EXIT_NOTHING)
+
+
+def _previews(
+    settings: flags.Settings, host_facts: flags.HostFacts, backend: runner.Backend
+) -> Iterator[tuple[preview.Preview, list[plan.Batch]]]:
+    programs = _programs(backend, host_facts.ip_family)
+    kernels = {family: runner.Iptables(found) for family, found in programs.items()}
+    store = _load(settings)
+    for family, kernel in kernels.items():
+        ruleset = _build(settings, store, _facts_of_host(host_facts, kernel), family)
+        live = kernel.save()
+        # In batches of the size that `run` writes.
+        limit = sync.NFT_BATCH_RULES if backend == "nft" else None
+        batches = plan.plan(ruleset.tables, live, groups=ruleset.groups(), max_rules=limit)
+        yield (
+            preview.preview(
+                live,
+                batches,
+                owners=ruleset.owners(),
+                ip_family=family.value,
+                backend=backend,
+                services=ruleset.service_count,
+            ),
+            batches,
+        )
+
+
+_PAINT: Final = {"+": "green", "-": "red", "~": "yellow"}
+
+
+def _painted(text: str, sign: str) -> str:
+    return click.style(text, fg=_PAINT[sign])
+
+
+def _is_coloured(wanted: str) -> bool:
+    if wanted == "auto":
+        # https://no-color.org
+        return sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    return wanted == "always"
 
 
 def _programs(
@@ -142,7 +226,11 @@ def _programs(
     return found
 
 
-@cli.command("explain", cls=flag_types.Command)
+@cli.command(
+    "explain",
+    cls=flag_types.Command,
+    short_help="Tell what becomes of a packet or a Service's clients.",
+)
 @flags.rule_flags
 @flags.host_fact_flags
 @click.argument("service", required=False, default="", metavar="[NAMESPACE/NAME]")
@@ -152,20 +240,37 @@ def _programs(
 @click.option("--to", default="", metavar="IP:PORT/PROTO", help="Where to; tcp if not said.")
 @click.option("--in-interface", default="", metavar="DEV", help="By which interface it comes.")
 @click.option("--live", "is_live", is_flag=True, help="Look at the rules this host has now.")
-@click.option("--output", type=click.Choice(["text", "json"]), default="text", show_default=True)
+@click.option(
+    "--output",
+    type=click.Choice(["text", "json"]),
+    default="text",
+    show_default=True,
+    help="Text for people, or JSON for programs.",
+)
 def explain(
     flag_values: flags.FlagValues, host_facts: flags.HostFacts, output: str, **asked: Any
 ) -> None:
-    """Walk a packet, or all who may use a Service, through the rules: what becomes of it, and why."""
+    r"""Walk a packet, or all who may use a Service, through the rules: what becomes of it, and why.
+
+    The rules are those that `run` would write, for the objects of --manifests or of the API server, or
+    with --live those that this host has. Exit status: 0 explained, 1 error.
+
+    \b
+    kubeproxy-py explain default/web --kubeconfig ...
+    kubeproxy-py explain --live --from 10.244.1.7 --to 10.96.0.10:53/udp
+    """
     settings = _settings(flag_values)
     question = explain_command.Question(**asked)
     if question.is_live and settings.manifests:
         raise ConfigError("cannot use --manifests with --live: this host's rules are looked at")
 
+    # Once for both families, and only where they are asked for.
+    load = functools.cache(lambda: _load(settings))
+
     def find(family: IPFamily) -> explain_command.Situation:
         if question.is_live:
             return explain_command.live(settings, host_facts, family)
-        return explain_command.desired(_build(settings, host_facts, family), host_facts)
+        return explain_command.desired(_build(settings, load(), host_facts, family), host_facts)
 
     families = [host_facts.ip_family] if host_facts.ip_family else list(IPFamily)
     if question.is_live and not hostnet.has_ipv6():
@@ -176,46 +281,106 @@ def explain(
     )
 
 
-def _facts_of_host(stated: flags.HostFacts, programs: runner.Programs) -> flags.HostFacts:
+#: Where the commands that ask the running daemon find it.
+_status_socket_flag = click.option(
+    "--status-socket",
+    "path",
+    default=status_socket.DEFAULT_PATH,
+    show_default=True,
+    metavar="PATH",
+    help="Where the daemon listens (its flag of the same name).",
+)
+
+
+@cli.command("status", short_help="Ask the running daemon how it is.")
+@_status_socket_flag
+@click.option(
+    "--last-failure",
+    is_flag=True,
+    help="Show the last iptables call that failed, with the rules around the refused one.",
+)
+@click.option(
+    "--output",
+    type=click.Choice(["text", "json"]),
+    default="text",
+    show_default=True,
+    help="Text for people, or JSON for programs (docs/status.schema.json).",
+)
+def status(path: str, output: str, *, last_failure: bool) -> None:
+    """Ask the daemon of this node how it is: syncs, watches, drift, and what is wrong.
+
+    Exit status: 0 ready, 2 not ready or degraded, 1 it cannot be asked. Only root may ask.
+    """
+    if last_failure:
+        click.echo(status_command.tell_failures(path, as_json=output == "json"))
+        return
+    colour = _coloured if sys.stdout.isatty() else status_text.plain
+    text, exit_status = status_command.tell(path, as_json=output == "json", colour=colour)
+    click.echo(text)
+    sys.exit(exit_status)
+
+
+_COLOURS: Final = {"ready": "green", "degraded": "yellow", "not ready": "red"}
+
+
+def _coloured(text: str, state: str) -> str:
+    return click.style(text, fg=_COLOURS[state], bold=True)
+
+
+def _facts_of_host(stated: flags.HostFacts, kernel: runner.Iptables) -> flags.HostFacts:
     """Complete what was stated with what `run` would find out here."""
     found = tuple(
         (address.device, f"{address.address}/{address.prefix_length}")
-        for address in hostnet.local_addresses(programs.family)
+        for address in hostnet.local_addresses(kernel.family)
     )
     return dataclasses.replace(
         stated,
         interface_addresses=stated.interface_addresses or found,
-        nfacct=stated.nfacct and nfacct.supported(),
-        random_fully=stated.random_fully and programs.has_random_fully,
+        nfacct=stated.nfacct and nfacct.supported() and host.knows_nfacct_match(kernel),
+        random_fully=stated.random_fully and kernel.programs.has_random_fully,
         conntrack_tcp_be_liberal=stated.conntrack_tcp_be_liberal or sysctls.conntrack_is_liberal(),
     )
 
 
-def _build(settings: flags.Settings, host_facts: flags.HostFacts, family: IPFamily) -> Ruleset:
+def _load(settings: flags.Settings) -> Store:
     config.require_iptables_mode(settings.config)
     problems: list[Problem] = []
-    node_name = host.node_name(settings.hostname_override)
-    ruleset = desired.build(settings, host_facts, node_name, family, problems.append)
+    store = desired.load(settings, host.node_name(settings.hostname_override), problems.append)
     if problems:
         listed = "".join(f"\n  {problem}" for problem in problems)
         if settings.manifests:
             # Whoever wrote them is here and can mend them.
             raise ConfigError(f"cannot use the manifests:{listed}")
         click.echo(f"left out, because invalid:{listed}", err=True)
-    return ruleset
+    return store
 
 
-@cli.command("cleanup", cls=flag_types.Command)
+def _build(
+    settings: flags.Settings, store: Store, host_facts: flags.HostFacts, family: IPFamily
+) -> Ruleset:
+    node_name = host.node_name(settings.hostname_override)
+    return desired.build(settings, store, host_facts, node_name, family)
+
+
+@cli.command(
+    "cleanup",
+    cls=flag_types.Command,
+    short_help="Remove all rules of kube-proxy and of this program.",
+)
 @flags.cleanup_flags
 @click.option(
     "--backend",
     type=click.Choice(["both", "nft", "legacy"]),
     default="both",
     show_default=True,
-    help="Where to look for rules of ours.",
+    help="Whose tables to look into.",
 )
 def cleanup(flag_values: flags.FlagValues, backend: str) -> None:
-    """Remove everything that kube-proxy or we have written, and nothing else."""
+    """Remove all rules that kube-proxy or this program has written, and nothing else.
+
+    Services stop working on this node, until a proxy is started again; stop the one that runs first.
+    Exit status: 0 all is gone, 1 something could not be removed.
+    """
     _settings(flag_values)
     _clean_all(backend)
 

@@ -13,7 +13,7 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Final
 
 import msgspec
@@ -360,12 +360,16 @@ class Reconciler:
         self,
         metrics: Metrics,
         run: Callable[[IPFamily, Frontends], Outcome] = reconcile,
+        wall_clock: Callable[[], float] = time.time,
     ) -> None:
         """Use *run* for the work; in production ``reconcile`` with this host's addresses."""
         self._metrics = metrics
         self._run_once = run
+        self._wall_clock = wall_clock
         self._thread = threading.Thread(target=self._run, name="conntrack", daemon=True)
         self._is_refused = False  # and said so
+        #: When (Unix time) and how each family's last run ended. Replaced as a whole: others read it.
+        self.last: Mapping[IPFamily, tuple[float, Outcome | str]] = {}
         self._changed = threading.Condition()
         # Guarded by _changed:
         self._wanted: dict[IPFamily, Callable[[], Frontends]] = {}
@@ -409,17 +413,24 @@ class Reconciler:
                 family = next(iter(self._wanted))
                 build = self._wanted.pop(family)
             try:
-                self._record(family, self._run_once(family, build()))
+                outcome = self._run_once(family, build())
+                self._record(family, outcome)
+                self._keep(family, outcome)
             except OSError as error:
+                self._keep(family, str(error))
                 self._metrics.conntrack_failures.labels(family.value).inc()
                 if error.errno in (errno.EPERM, errno.EACCES):
                     self._warn_of_refusal(error)
                 else:
                     log.exception("conntrack.failed", ip_family=family.value)
-            except Exception:
+            except Exception as error:
+                self._keep(family, str(error))
                 # Whatever it is, the rules are right without this; the next change asks again.
                 self._metrics.conntrack_failures.labels(family.value).inc()
                 log.exception("conntrack.failed", ip_family=family.value)
+
+    def _keep(self, family: IPFamily, ended: Outcome | str) -> None:
+        self.last = {**self.last, family: (self._wall_clock(), ended)}
 
     def _warn_of_refusal(self, error: OSError) -> None:
         # Said once: it stays so for the life of the process, and every change of a UDP endpoint

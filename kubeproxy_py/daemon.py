@@ -35,11 +35,14 @@ from kubeproxy_py import (
     manifests,
     metrics,
     nfacct,
+    node_events,
     notify,
     options,
     pages,
     privileges,
     recorder,
+    status,
+    status_socket,
     sync,
     sync_loop,
     sysctls,
@@ -101,6 +104,17 @@ class Daemon:
         self._recorder = recorder.Recorder(self._connection, host=host.node_name(""))
         self._health = health.ProxyHealth(self._config.iptables.sync_period_s)
         self._http = httpserver.HttpServer()
+        #: What can be asked on the status socket: ``status_socket`` says how to add to it.
+        self._pages = status_socket.Pages()
+        self._gatherer = status.Gatherer(
+            node_name=self._node_name,
+            version=kubeproxy_py.__version__,
+            source=self._source(),
+            started_at=self._started_at,
+            dispatch=settings.dispatch,
+            unreadiness=self._health.unreadiness,
+            pending=self._health.pending,
+        )
 
     def run(self) -> int:
         """Run until a signal or a failure; return the exit status."""
@@ -131,6 +145,8 @@ class Daemon:
         """Start everything; False if a signal came first or there is nothing to run."""
         log.info("daemon.starting", version=kubeproxy_py.__version__, node=self._node_name)
         privileges.require_netfilter()
+        if not self._settings.init_only:
+            self._serve_status()
         # Before the Node is known, the backend's families are: the store must know them.
         backend = host.choose_backend(self._settings.iptables_backend)
         kernels = host.find_kernels(backend)
@@ -143,12 +159,14 @@ class Daemon:
             node_changed=self._node_changed,
             allow_external_ips=config.allows_service_external_ips(self._config),
         )
+        self._gatherer.backend = backend
+        self._gatherer.node = lambda: self._store.node
         self._start_sources_of_nodes()
         if not self._settings.init_only:
             cleanup.remove_nft_mode_tables()
         # Units that start after this one may be what brings the API server up.
         self._notifier.ready()
-        self._notifier.status(f"waiting for Node {self._node_name}")
+        self._tell_phase(f"waiting for Node {self._node_name}")
         node = self._wait_for_node()
         if self._stop.is_set():
             return False
@@ -253,6 +271,7 @@ class Daemon:
             ),
         )
         reconciler.start()
+        self._gatherer.conntrack = lambda: reconciler.last
         self._undo.append(reconciler.stop)
         rule_watcher = self._watch_rules(kernels)
         cidrs = options.node_port_cidrs(self._config, ips)
@@ -273,10 +292,8 @@ class Daemon:
         if not self._settings.manifests:
             self._spawn_watcher("Service")
             self._spawn_watcher("EndpointSlice")
-        self._recorder.node_event(
-            self._node_name, event_type="Normal", reason="Starting", action="StartKubeProxy"
-        )
-        self._notifier.status("programming Services")
+        self._post(node_events.STARTING)
+        self._tell_phase("programming Services")
 
     def _program(
         self,
@@ -389,14 +406,29 @@ class Daemon:
             audit_s=period_s * (_AUDIT_PERIODS[kernel.backend] if has_watcher else 1),
             min_interval_s=self._settings.min_sync_period_s,
         )
-        return sync_loop.SyncLoop(
+        loop = sync_loop.SyncLoop(
             family,
             syncer,
             pacer,
             health=self._health,
             metrics=self._metrics,
             suspects=drift.Suspects(period_s),
+            tell=lambda news: self._report_news(family, news),
         )
+        self._gatherer.add_family(
+            family,
+            status.FamilyParts(
+                programs=kernel.programs,
+                history=lambda: loop.history,
+                programmed=lambda: syncer.programmed,
+                last_failure=lambda: syncer.last_failure,
+                contested=loop.contested,
+                lock_wait=lambda: syncer.lock_wait,
+                lock_waited_s=lambda: syncer.lock_waited_s,
+                missing_capabilities=tuple(sorted(found.lacks)),
+            ),
+        )
+        return loop
 
     def _watch_rules(
         self, kernels: Mapping[IPFamily, runner.Iptables]
@@ -418,8 +450,6 @@ class Daemon:
 
     def _start_servers(self) -> None:
         pages.register_process_metrics(self._registry, gates=self._config.feature_gates)
-        self._http.start()
-        self._undo.append(self._http.stop)
         serve = self._http.serve_address
         hard = self._config.bind_address_hard_fail
         if not self._settings.healthz_disabled:
@@ -433,6 +463,26 @@ class Daemon:
             set_verbosity=logging.set_verbosity if self._config.enable_profiling else None,
         )
         serve(self._config.metrics_bind_address, metrics_pages.app, name="metrics", hard_fail=hard)
+
+    def _serve_status(self) -> None:
+        """Answer ``kubeproxy-py status`` from now on: most of all while nothing works yet."""
+        self._http.start()
+        self._undo.append(self._http.stop)
+        self._pages.add("/status", lambda _query: self._gatherer.status())
+        self._pages.add("/last-failure", lambda _query: self._gatherer.failures())
+        if self._settings.status_socket:
+            self._undo.append(
+                status_socket.serve(self._settings.status_socket, self._http, self._pages)
+            )
+
+    def _source(self) -> str:
+        if self._connection is not None:
+            return f"API server {self._connection.server}"
+        return f"files: {', '.join(self._settings.manifests)}"
+
+    def _tell_phase(self, phase: str) -> None:
+        self._gatherer.phase = phase
+        self._notifier.status(phase)
 
     def _connect(self) -> api.Connection | None:
         if self._settings.manifests:
@@ -467,6 +517,7 @@ class Daemon:
             stop=self._stop,
             node_name=self._node_name,
         )
+        self._gatherer.add_watch(watcher.state)
         self._spawn(f"watch-{kind}", watcher.run)
 
     def _note_crash(self, args: threading.ExceptHookArgs) -> None:
@@ -514,6 +565,31 @@ class Daemon:
             name=problem.name[:_MAX_NAME],
             field=problem.field,
             message=problem.message,
+        )
+
+    def _report_news(self, family: IPFamily, news: sync.SyncResult | drift.Contest) -> None:
+        if isinstance(news, drift.Contest):
+            self._post(node_events.contested(family, news))
+            return
+        for repair in news.repairs:
+            self._post(node_events.repaired(repair))
+        if news.chains_found and news.batches:
+            self._post(
+                node_events.adopted(
+                    family,
+                    found=news.chains_found,
+                    written=news.chains_written,
+                    deleted=news.chains_deleted,
+                )
+            )
+
+    def _post(self, event: node_events.NodeEvent) -> None:
+        self._recorder.node_event(
+            self._node_name,
+            event_type=event.event_type,
+            reason=event.reason,
+            action=event.action,
+            note=event.note,
         )
 
     def _report_quarantined(self, service: ServiceName, reason: str) -> None:

@@ -25,10 +25,8 @@ from kubeproxy_py.store import Store
 _LIST_LIMIT_S: Final = 60.0
 
 
-def load(
-    settings: Settings, node_name: str, report: Callable[[Problem], None]
-) -> tuple[Store, Node | None]:
-    """Fill a store once, from files or the API server; return it and the own Node, if there is one.
+def load(settings: Settings, node_name: str, report: Callable[[Problem], None]) -> Store:
+    """Fill a store once, for all families, from files or the API server.
 
     Raises:
         ConfigError: a path cannot be read, or no API server is named.
@@ -47,7 +45,7 @@ def load(
         _load_files(settings, store, report)
     else:
         _load_from_api(settings, store, node_name, report)
-    return store, store.node
+    return store
 
 
 def _load_files(settings: Settings, store: Store, report: Callable[[Problem], None]) -> None:
@@ -97,14 +95,10 @@ def _load_from_api(
 
 
 def build(
-    settings: Settings,
-    facts: HostFacts,
-    node_name: str,
-    family: IPFamily,
-    report: Callable[[Problem], None],
+    settings: Settings, store: Store, facts: HostFacts, node_name: str, family: IPFamily
 ) -> Ruleset:
     """Build all rules of *family*. What is not stated is taken from the Node object, if there is one."""
-    store, node = load(settings, node_name, report)
+    node = store.node
     ips = options.node_ips(
         settings.config.bind_address, facts.node_ips or (node.ips if node else ())
     )

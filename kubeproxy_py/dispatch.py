@@ -111,6 +111,10 @@ class Dispatch:
         self._changed = set()
         return changed
 
+    def trees(self) -> tuple[ChainId, ...]:
+        """Return the shared chains that are trees now."""
+        return tuple(chain for chain, shared in self._shared.items() if shared.is_split)
+
 
 class _Shared:
     """One shared chain, flat or as a tree."""
@@ -122,7 +126,7 @@ class _Shared:
         #: What each ServicePort that has something here wants to have here.
         self.entries: dict[ServicePortName, tuple[rules.Entry, ...]] = {}
         self._count = 0
-        self._is_split = layout == "tree"
+        self.is_split = layout == "tree"
         self._by_address = trees.Tree(
             _ADDRESS_BITS[family], functools.partial(_address_jump, prefix, family)
         )
@@ -142,7 +146,7 @@ class _Shared:
         else:
             del self.entries[name]
         self._count += len(entries) - len(old)
-        if self._is_split:
+        if self.is_split:
             self._plant(name, old, entries)
         self._choose()
         return True
@@ -152,7 +156,7 @@ class _Shared:
         for tree, spell in self._spellings:
             for prefix, texts in tree.take_changed().items():
                 yield spell(prefix), texts
-        if self._is_split:
+        if self.is_split:
             # What goes by address first: it is decided by less, and is more often asked for.
             yield self._name, (*self._by_address.root_rules(), *self._by_port.root_rules())
         else:
@@ -164,12 +168,12 @@ class _Shared:
     def _choose(self) -> None:
         if self._layout != "auto":
             return
-        if not self._is_split and self._count > _SPLIT_ABOVE:
-            self._is_split = True
+        if not self.is_split and self._count > _SPLIT_ABOVE:
+            self.is_split = True
             for name, entries in self.entries.items():
                 self._plant(name, (), entries)
-        elif self._is_split and self._count < _JOIN_BELOW:
-            self._is_split = False
+        elif self.is_split and self._count < _JOIN_BELOW:
+            self.is_split = False
             for name, entries in self.entries.items():
                 self._plant(name, entries, ())
 

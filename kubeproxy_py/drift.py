@@ -99,6 +99,7 @@ class _Record(msgspec.Struct):
     looks: int = 0
     looked_at: float = float("-inf")
     is_told: bool = False
+    culprits: tuple[Culprit, ...] = ()
 
     def wait_s(self, longest_s: float) -> float:
         if self.looks < _FREE_LOOKS:
@@ -119,9 +120,7 @@ class Suspects:
         """Take note of *suspicion*, and forget how it was where it has been quiet since."""
         for key in (_EVERYTHING,) if suspicion.chains is None else suspicion.chains:
             record = self._records.get(key)
-            if record and now - record.looked_at > _QUIET_S + 2 * record.wait_s(
-                self._longest_wait_s
-            ):
+            if record and self._is_over(record, now):
                 del self._records[key]
             culprits = self._waiting.setdefault(key, set())
             if suspicion.culprit is not None and len(culprits) < _MAX_CULPRITS:
@@ -152,11 +151,28 @@ class Suspects:
         for key in keys:
             record = self._records.setdefault(key, _Record())
             record.looked_at = now
+            record.culprits = look.culprits or record.culprits
             wait_s = max(wait_s, record.wait_s(self._longest_wait_s))
             if has_repaired and not record.is_told and record.looks >= _FREE_LOOKS:
                 record.is_told = begun = True
         self._forget_quiet(now)
         return Contest(look.chains, look.culprits, wait_s) if begun else None
+
+    def contested(self, now: float) -> tuple[Contest, ...]:
+        """Return the contests that have begun and are not over *now*."""
+        return tuple(
+            Contest(
+                None if key == _EVERYTHING else frozenset([key]),
+                record.culprits,
+                record.wait_s(self._longest_wait_s),
+            )
+            for key, record in sorted(self._records.items())
+            if record.is_told and not self._is_over(record, now)
+        )
+
+    def _is_over(self, record: _Record, now: float) -> bool:
+        quiet_s = _QUIET_S + 2 * record.wait_s(self._longest_wait_s)
+        return now - record.looked_at > quiet_s
 
     def _due_at(self, key: ChainId) -> float:
         record = self._records.get(key)

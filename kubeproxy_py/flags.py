@@ -85,6 +85,7 @@ class Settings:
     manifests: tuple[str, ...] = ()
     dispatch: Layout = "auto"
     iptables_backend: str = "auto"  # auto, nft, legacy
+    status_socket: str = ""  # "": none
     warnings: tuple[str, ...] = ()
     flag_values: Mapping[str, str] = field(default_factory=dict)  # for /flagz; sorted by name
 
@@ -246,6 +247,7 @@ def settings_from_flags(flag_values: FlagValues) -> Settings:
         manifests=flag_values.value("manifests"),
         dispatch=flag_values.value("dispatch"),
         iptables_backend=flag_values.value("iptables-backend"),
+        status_socket=flag_values.value("status-socket"),
         warnings=(*warnings, *gate_warnings, *_no_effect_warnings(flag_values)),
         flag_values=_shown_values(flag_values, effective),
     )
@@ -377,7 +379,7 @@ _FACT_OPTIONS: Final = (
     click.option(
         "--ip-family",
         type=flag_types.Choice("ipv4", "ipv6"),
-        help="Family of the rules.",
+        help="Only this family; without it, both (render: ipv4).",
     ),
     click.option(
         "--node-ip",

@@ -159,6 +159,12 @@ class ProxyHealth:
                 },
             )
 
+    def pending(self) -> dict[IPFamily, float]:
+        """Return for how many seconds the oldest change of each family has been waiting."""
+        with self._lock:
+            now = self._clock()
+            return {family: now - since for family, since in self._pending_since.items()}
+
     def unreadiness(self) -> list[str]:
         """Return every reason not to be ready; none means ready."""
         with self._lock:

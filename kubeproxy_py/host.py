@@ -71,6 +71,19 @@ def find_kernels(backend: runner.Backend) -> dict[IPFamily, runner.Iptables]:
     return kernels
 
 
+def knows_nfacct_match(kernel: runner.Iptables) -> bool:
+    """Tell whether iptables knows the match of our counters. Unlike a probe, it changes nothing."""
+    text = (
+        "*filter\n:KUBE-PROXY-PROBE - [0:0]\n-A KUBE-PROXY-PROBE"
+        f" -m nfacct --nfacct-name {rules.INVALID_DROPPED_COUNTER} -j DROP\nCOMMIT\n"
+    )
+    try:
+        kernel.restore(text, test=True)
+    except IptablesError:
+        return False
+    return True
+
+
 def ensure_counters() -> bool:
     """Create the two counters if they are missing; tell whether both are there, and can be."""
     if not nfacct.supported():

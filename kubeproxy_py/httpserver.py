@@ -72,6 +72,13 @@ class Response(msgspec.Struct, frozen=True):
 
 App = Callable[[Request], Response]
 
+#: Whether the client of a connection may ask at all. Called in the event loop: must not block.
+Admits = Callable[[socket.socket], bool]
+
+
+def _everybody(_client: socket.socket) -> bool:
+    return True
+
 
 class Limits(NamedTuple):
     """What a client may use up. kube-proxy has no such limits; these are far from normal use."""
@@ -182,15 +189,16 @@ class HttpServer:
             engine.loop.close()
             engine.executor.shutdown()
 
-    def listen(self, sock: socket.socket, app: App) -> "Listener":
+    def listen(self, sock: socket.socket, app: App, *, admits: Admits = _everybody) -> "Listener":
         """
         Serve *app* on a listening socket, which belongs to the server from now on.
 
-        Raises KubeProxyError if the server does not run.
+        A connection that *admits* says no to is closed without an answer. Raises KubeProxyError if the
+        server does not run.
         """
 
         async def listen(engine: _Engine) -> Listener:
-            return Listener(self, engine, app, sock)
+            return Listener(self, engine, app, sock, admits)
 
         try:
             return self.run(listen)
@@ -287,12 +295,18 @@ class Listener:
     """One listening socket, or the standing wish for one. All methods but close are the server's."""
 
     def __init__(
-        self, server: HttpServer, engine: _Engine, app: App, sock: socket.socket | None
+        self,
+        server: HttpServer,
+        engine: _Engine,
+        app: App,
+        sock: socket.socket | None,
+        admits: Admits = _everybody,
     ) -> None:
         """Belong to *engine*'s thread; serve *sock* at once if there is one."""
         self._server = server
         self._engine = engine
         self._app = app
+        self._admits = admits
         self._sock: socket.socket | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._connections: set[_Connection] = set()
@@ -352,7 +366,7 @@ class Listener:
             self._engine.loop.remove_reader(self._sock)
             self._timer = self._engine.loop.call_later(_ACCEPT_PAUSE_S, self._open, self._sock)
             return
-        if not self._engine.make_room():
+        if not self._admits(client) or not self._engine.make_room():
             client.close()
             return
         client.setblocking(False)

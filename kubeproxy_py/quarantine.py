@@ -25,6 +25,7 @@ class Case(msgspec.Struct, frozen=True):
     reason: str
     retry_at: float
     attempts: int
+    since: float  # when it was first refused
 
 
 class Quarantine:
@@ -33,19 +34,22 @@ class Quarantine:
     def __init__(self) -> None:
         self.cases: dict[ServiceName, Case] = {}
         self._attempts: dict[ServiceName, int] = {}
+        self._since: dict[ServiceName, float] = {}
 
     def admit(self, name: ServiceName, state: ServiceState, reason: str, now: float) -> None:
         """Set *name* aside because *state* was refused."""
         attempts = self._attempts.get(name, 0) + 1
         self._attempts[name] = attempts
         wait_s = min(_FIRST_RETRY_S * 2 ** min(attempts - 1, 10), _LONGEST_RETRY_S)
-        self.cases[name] = Case(state, reason, now + wait_s, attempts)
+        since = self._since.setdefault(name, now)
+        self.cases[name] = Case(state, reason, now + wait_s, attempts, since)
 
     def release_changed(self, names: Iterable[ServiceName]) -> None:
         """Forget Services that have changed: what was refused is not what they are now."""
         for name in names:
             self.cases.pop(name, None)
             self._attempts.pop(name, None)
+            self._since.pop(name, None)
 
     def release_due(self, now: float) -> dict[ServiceName, ServiceState]:
         """Return, and no longer set aside, what should be tried again."""
@@ -53,6 +57,10 @@ class Quarantine:
         for name in due:
             del self.cases[name]
         return due
+
+    def settle(self) -> None:
+        """Take note that everything that is not set aside now has been programmed."""
+        self._since = {name: case.since for name, case in self.cases.items()}
 
     def next_retry_at(self) -> float:
         """Return when something should be tried again; infinity: never."""

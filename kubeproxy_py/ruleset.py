@@ -219,6 +219,10 @@ class Ruleset:
         port = self._dispatch.owner(rule)
         return None if port is None else ServiceName(port.namespace, port.name)
 
+    def owners(self) -> dict[str, ServiceName]:
+        """Return whose each nat chain of a Service's own is."""
+        return {chain: name for name, service in self._services.items() for chain in service.chains}
+
     @property
     def is_large(self) -> bool:
         """Tell whether kube-proxy would call this a large cluster."""
@@ -236,6 +240,10 @@ class Ruleset:
     def rule_count(self, table: str) -> int:
         """Return how many rules of ours *table* has, without the jumps from built-in chains."""
         return self._rule_counts[table]
+
+    def trees(self) -> tuple[ChainId, ...]:
+        """Return the shared chains that are trees of chains now."""
+        return self._dispatch.trees()
 
     def lacking_local(self) -> tuple[int, int]:
         """Count ServicePorts whose (internal, external) Local policy finds no endpoint here."""

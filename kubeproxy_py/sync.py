@@ -13,7 +13,7 @@ from typing import Final, Protocol
 import msgspec
 import structlog
 
-from kubeproxy_py import conntrack, drift, echoes, rules
+from kubeproxy_py import conntrack, drift, echoes, failures, rules
 from kubeproxy_py.dispatch import ChainId
 from kubeproxy_py.errors import BatchRejected, IptablesError, LockTimeout
 from kubeproxy_py.iptables import chains, plan
@@ -76,6 +76,28 @@ class SyncResult(msgspec.Struct, frozen=True, kw_only=True):
     seconds: float
     #: What others had changed and this sync put right.
     repairs: tuple[drift.Repair, ...] = ()
+    #: Chains of ours that were there at the first look.
+    chains_found: int = 0
+
+
+class Quarantined(msgspec.Struct, frozen=True, kw_only=True):
+    """A Service that is set aside; times are Unix times."""
+
+    service: ServiceName
+    reason: str
+    since: float
+    retry_at: float
+    attempts: int
+
+
+class Programmed(msgspec.Struct, frozen=True, kw_only=True):
+    """What the last sync that succeeded left in force."""
+
+    services: int
+    endpoints: int
+    rules: dict[str, int]  # by table
+    trees: tuple[ChainId, ...]  # shared chains that are trees of chains
+    quarantined: tuple[Quarantined, ...]
 
 
 class Syncer:
@@ -112,9 +134,14 @@ class Syncer:
         self._quarantine = Quarantine()
         #: Services that are set aside because their rules were refused.
         self.quarantined: tuple[ServiceName, ...] = ()
+        #: Replaced as a whole, because other threads read them; None: it has not come to that yet.
+        self.programmed: Programmed | None = None
+        self.last_failure: failures.Failure | None = None
         # What Services had rules for when the last sync succeeded, as far as they changed since.
         self._before: dict[ServiceName, ServiceState | None] = {}
         self._must_compare_all = False
+        # Chains of ours that were there at the first look; None: nobody has looked.
+        self._chains_found: int | None = None
         # The last sync that succeeded left the kernel as desired: what differs when it is read, others
         # changed, unless we were asked for it since.
         self._is_auditing = False
@@ -171,6 +198,7 @@ class Syncer:
         try:
             result = self._write_what_is_accepted(names, started)
         except IptablesError as error:
+            self.last_failure = failures.of(error, self._wall_clock())
             if isinstance(error, LockTimeout) and self._live is not None:
                 # Nothing of that batch, of one table, was done, and what was done before is known. What
                 # this sync was about is not known any more, so the next compares everything, in memory.
@@ -228,6 +256,7 @@ class Syncer:
             try:
                 return self._write(names, started)
             except BatchRejected as error:
+                self.last_failure = failures.of(error, self._wall_clock())
                 # Who has not looked may have been refused because of what others did meanwhile: a
                 # chain that is gone, say. No Service is to blame for that.
                 if has_looked:
@@ -298,6 +327,8 @@ class Syncer:
             self._effects.prepare()
             self._live = self._kernel.save()
             self._echoes.undo(self._live)
+            if self._chains_found is None:
+                self._chains_found = chains.count_ours(self._live)
         elif self._suspected:
             self._read_suspected(self._live)
             touched = asked_for | self._suspected
@@ -337,6 +368,7 @@ class Syncer:
             chains_deleted=sum(len(section.delete) for section in sections),
             seconds=self._clock() - started,
             repairs=repairs,
+            chains_found=self._chains_found or 0 if self.programmed is None else 0,
         )
 
     def _read_suspected(self, live: chains.Tables) -> None:
@@ -426,6 +458,7 @@ class Syncer:
         self._before.clear()
         # Replaced as a whole: other threads read it.
         self.quarantined = tuple(sorted(self._quarantine.cases))
+        self.programmed = self._describe(now)
         metrics.quarantined_services.labels(family).set(len(self.quarantined))
         metrics.sync_last_timestamp.labels(family).set(now)
         for table in _TABLES:
@@ -453,6 +486,27 @@ class Syncer:
             chains_written=result.chains_written,
             chains_deleted=result.chains_deleted,
             duration_s=round(result.seconds, 4),
+        )
+
+    def _describe(self, now: float) -> Programmed:
+        ruleset, quarantine = self._ruleset, self._quarantine
+        quarantine.settle()
+        ahead = now - self._clock()
+        return Programmed(
+            services=ruleset.service_count,
+            endpoints=ruleset.endpoint_count,
+            rules={table: ruleset.rule_count(table) for table in _TABLES},
+            trees=ruleset.trees(),
+            quarantined=tuple(
+                Quarantined(
+                    service=name,
+                    reason=case.reason,
+                    since=case.since + ahead,
+                    retry_at=case.retry_at + ahead,
+                    attempts=case.attempts,
+                )
+                for name, case in sorted(quarantine.cases.items())
+            ),
         )
 
     def _observe(self, *, is_full: bool, seconds: float) -> None:

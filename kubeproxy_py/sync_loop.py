@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from typing import Final, Protocol
 
+import msgspec
 import structlog
 
 from kubeproxy_py import drift
@@ -16,7 +17,7 @@ from kubeproxy_py.errors import IptablesError, LockTimeout
 from kubeproxy_py.metrics import Metrics
 from kubeproxy_py.model import IPFamily
 from kubeproxy_py.pacer import Outcome, Pacer
-from kubeproxy_py.sync import Syncer
+from kubeproxy_py.sync import Syncer, SyncResult
 
 log = structlog.get_logger()
 
@@ -36,6 +37,48 @@ class Health(Protocol):
     def updated(self, family: IPFamily) -> None: ...
 
 
+class Done(msgspec.Struct, frozen=True):
+    """A sync that succeeded."""
+
+    at: float  # Unix time of its end
+    result: SyncResult
+
+
+class Repaired(msgspec.Struct, frozen=True):
+    """What a sync put right, and when (Unix time)."""
+
+    at: float
+    repair: drift.Repair
+
+
+class History(msgspec.Struct, frozen=True, kw_only=True):
+    """How the syncs went so far."""
+
+    last: Done | None = None
+    #: The last that wrote anything.
+    last_write: Done | None = None
+    #: The last that read and compared everything the kernel has.
+    last_full: Done | None = None
+    #: Why the latest attempt failed; None: it did not.
+    error: str | None = None
+    #: The last few repairs, the newest last.
+    repairs: tuple[Repaired, ...] = ()
+
+    def with_done(self, done: Done) -> "History":
+        result = done.result
+        new = tuple(Repaired(done.at, repair) for repair in result.repairs)
+        return History(
+            last=done,
+            last_write=done if result.batches else self.last_write,
+            last_full=done if result.is_full else self.last_full,
+            repairs=(*self.repairs, *new)[-_KEPT_REPAIRS:],
+        )
+
+
+def _to_nobody(_news: SyncResult | drift.Contest) -> None:
+    pass
+
+
 class SyncLoop:
     """Runs a Syncer whenever its Pacer says so, until stopped."""
 
@@ -48,7 +91,9 @@ class SyncLoop:
         health: Health,
         metrics: Metrics,
         suspects: drift.Suspects | None = None,
+        tell: Callable[[SyncResult | drift.Contest], None] = _to_nobody,
         clock: Callable[[], float] = time.monotonic,
+        wall_clock: Callable[[], float] = time.time,
     ) -> None:
         self._family = family
         self._syncer = syncer
@@ -56,6 +101,9 @@ class SyncLoop:
         self._health = health
         self._metrics = metrics
         self._clock = clock
+        self._wall_clock = wall_clock
+        # Called after each sync that succeeded and when a contest has begun; must not block.
+        self._tell = tell
         self._wake = threading.Condition()
         # Guarded by the condition: the pacer, and
         self._is_stopped = False
@@ -63,8 +111,8 @@ class SyncLoop:
         # Only the loop's own: what the sync that runs looks at, and what it repaired.
         self._look: drift.Look | None = None
         self._has_repaired = False
-        #: The last few repairs, the newest last. Replaced as a whole: other threads read it.
-        self.repairs: tuple[drift.Repair, ...] = ()
+        #: Replaced as a whole: other threads read it.
+        self.history = History()
 
     def nudge(self) -> None:
         """Say that there is something to sync. Cheap; from any thread."""
@@ -139,6 +187,15 @@ class SyncLoop:
                 wait_s=contest.wait_s,
                 **drift.told(contest.culprits),
             )
+            self._tell(contest)
+
+    def contested(self) -> tuple[drift.Contest, ...]:
+        """Return who fights with us now. Waits for nobody but a nudge that is being taken."""
+        with self._wake:
+            return self._suspects.contested(self._clock())
+
+    def _note_error(self, error: IptablesError) -> None:
+        self.history = msgspec.structs.replace(self.history, error=str(error))
 
     def _sync(self) -> Outcome:
         self._has_repaired = False
@@ -146,10 +203,12 @@ class SyncLoop:
             result = self._syncer.sync()
             if result is not None:
                 self._has_repaired = bool(result.repairs)
-                self.repairs = (*self.repairs, *result.repairs)[-_KEPT_REPAIRS:]
+                self.history = self.history.with_done(Done(self._wall_clock(), result))
                 self._health.updated(self._family)
+                self._tell(result)
         except LockTimeout as error:
             log.warning("sync.delayed", ip_family=self._family.value, error=str(error))
+            self._note_error(error)
         except IptablesError as error:
             log.error(  # noqa: TRY400 - the cause is another program; our stack says nothing
                 "sync.failed",
@@ -157,6 +216,7 @@ class SyncLoop:
                 error=str(error),
                 excerpt=getattr(error, "excerpt", "") or None,
             )
+            self._note_error(error)
             self._health.queued(self._family)
             with self._wake:
                 is_disturbed = self._suspects.due_at() <= self._clock()

@@ -64,6 +64,17 @@ Key = tuple[str, str]  # namespace ("" for Nodes), name
 _NOBODY: Final[Key] = ("", "")
 
 
+class WatchState(msgspec.Struct, frozen=True, kw_only=True):
+    """Where a watch stands; times are Unix times."""
+
+    kind: Kind
+    objects: int
+    resource_version: str  # "": nothing has been listed completely
+    last_event_at: float | None  # when the server last sent anything; None: never
+    failing_for_s: float | None  # None: it does not fail
+    error: str  # why it failed last, while it fails
+
+
 class Watcher:
     """Lists and watches one kind. ``run`` belongs in a thread of its own."""
 
@@ -132,6 +143,9 @@ class Watcher:
         # The outage in progress.
         self._failing_since: float | None = None
         self._warned_at: float | None = None
+        # For those who ask how it goes.
+        self._last_event_at: float | None = None
+        self._error_text = ""
 
     def run(self) -> None:
         """Watch until stopped. Exceptions of the sink, and only those, come out."""
@@ -144,6 +158,18 @@ class Watcher:
             retry_error_callback=lambda _: None,
         )
         retrying(self._watch)
+
+    def state(self) -> WatchState:
+        """Return where it stands. From any thread; waits for nobody."""
+        failing_since = self._failing_since
+        return WatchState(
+            kind=self._kind,
+            objects=len(self._known),
+            resource_version=self._resource_version,
+            last_event_at=self._last_event_at,
+            failing_for_s=None if failing_since is None else self._clock() - failing_since,
+            error="" if failing_since is None else self._error_text,
+        )
 
     # -- when -------------------------------------------------------------------------------------
 
@@ -167,6 +193,10 @@ class Watcher:
             # would be asked for everything once a second.
             state.attempt_number = 1
         return self._exponential(state) * (1 + self._random())
+
+    def _note_life(self) -> None:
+        self._last_event_at = self._now()
+        self._last_line.set(self._last_event_at)
 
     def _learn_from(self, error: errors.ApiError) -> None:
         reason = self._reason(error)
@@ -196,6 +226,7 @@ class Watcher:
         now = self._clock()
         if self._failing_since is None:
             self._failing_since = now
+        self._error_text = str(error)
         if isinstance(error, errors.WatchExpired):
             return
         if self._warned_at is None or now - self._warned_at >= _WARN_EVERY_S:
@@ -314,7 +345,7 @@ class Watcher:
             page = _PAGE_DECODER.decode(body)
         except msgspec.MsgspecError as error:
             raise _Damaged(f"cannot decode the list of {self._kind}: {error}") from error
-        self._last_line.set(self._now())
+        self._note_life()
         return page
 
     def _lines(self, pieces: Iterable[bytes]) -> Iterator[bytes]:
@@ -345,7 +376,7 @@ class Watcher:
         """Take one event. Return the *listing* while the initial state is incomplete, then None."""
         if not line.strip():
             return listing
-        self._last_line.set(self._now())
+        self._note_life()
         try:
             event = _EVENT_DECODER.decode(line)
         except msgspec.MsgspecError as error:

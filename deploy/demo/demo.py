@@ -214,6 +214,8 @@ def _set_up(screen: Screen, backend: Backend, family: IPFamily) -> Iterator[Stag
             "--hostname-override=node1",
             f"--cluster-cidr={addresses.V4.cluster_cidr},{addresses.V6.cluster_cidr}",
             f"--healthz-bind-address=127.0.0.1:{HEALTH_PORT}",
+            # Namespaces of networks do not part /run, where a daemon of the host's may listen.
+            "--status-socket=",
             # The connection table's size belongs to the host; a namespace cannot change it.
             "--conntrack-max-per-core=0",
         ]

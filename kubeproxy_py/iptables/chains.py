@@ -55,6 +55,11 @@ def is_ours(table: str, chain: str) -> bool:
     return table == "filter" and dispatch.tree_depth(chain) is not None
 
 
+def count_ours(tables: Tables) -> int:
+    """Return how many chains are ours."""
+    return sum(is_ours(table, chain) for table, found in tables.items() for chain in found)
+
+
 def parse_save(lines: Iterable[str], policies: dict[tuple[str, str], str] | None = None) -> Tables:
     """Parse the output of ``iptables-save`` (any number of tables, with or without counters).
 

@@ -85,8 +85,32 @@ def test_plan_says_2_before_and_0_after_the_daemon_ran(
     after = command("plan", *flags(objects, backend), check=False)
 
     assert (before.returncode, after.returncode) == (2, 0), after.stdout
-    assert "-A KUBE-SERVICES" in before.stdout
-    assert after.stdout == ""
+    assert "+ default/svc-0 (5 chains; endpoints +" in before.stdout
+    assert "IPv4: 20 new, 0 changed, 0 gone (of 20 Services)" in before.stdout
+    assert after.stdout.splitlines() == [
+        "IPv4: nothing to change (20 Services)",
+        "IPv6: nothing to change (0 Services)",
+    ]
+
+
+def test_what_plan_prints_as_restore_input_makes_the_plan_true(
+    clean_lab, command, objects, backend
+):
+    planned = ("plan", "--ip-family=ipv4", *flags(objects, backend))
+    text = command(*planned, "--output=restore", check=False).stdout
+    programs = iptables_programs(backend, IPFamily.V4)
+    clean_lab.node.run([programs.restore, "--noflush"], input=text)
+
+    assert command(*planned).stdout == "IPv4: nothing to change (20 Services)\n"
+
+
+def test_plan_changes_nothing_on_a_host_without_counters(clean_lab, command, objects, backend):
+    clean_lab.node.run(["nfacct", "flush"])
+    before = live(clean_lab, backend)
+    command("plan", *flags(objects, backend), check=False)
+
+    assert live(clean_lab, backend) == before
+    assert clean_lab.node.run(["nfacct", "list"]).stdout == ""
 
 
 def test_cleanup_removes_ours_and_nothing_else(clean_lab, command, objects, backend, tmp_path):

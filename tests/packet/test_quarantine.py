@@ -71,6 +71,12 @@ def test_one_refused_service_does_not_keep_the_others_from_working(
             assert status == 503
             assert "default/bad" in json.dumps(json.loads(body)["reasons"])
             proxy.wait(lambda: any(b"RulesRefused" in request.body for request in api.requests))
+            told = proxy.ask()
+            assert told.returncode == 2
+            assert "default/bad has been set aside" in told.stdout
+            failure = proxy.ask("--last-failure").stdout
+            (line,) = [line for line in failure.splitlines() if line.startswith("  *")]
+            assert f"--to-destination {REFUSED}" in line
 
             api.apply(make_slice("bad", endpoints=[make_endpoint(pod)]))
             proxy.wait(lambda: connect(clean_lab.node, "172.30.0.66", 80).is_answered)

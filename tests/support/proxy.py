@@ -36,6 +36,8 @@ class Proxy:
         self.lab = lab
         self.backend: Final = backend
         self.log: Final = log
+        # Namespaces of networks do not part /run, so each has its own.
+        self.status_socket: Final = log.with_suffix(".sock")
         cidrs = ",".join(PLANS[family].cluster_cidr for family in IPFamily)
         with log.open("ab") as stream:
             self.process = lab.node.popen(
@@ -46,6 +48,7 @@ class Proxy:
                     "--hostname-override=node1",
                     f"--cluster-cidr={cidrs}",
                     f"--iptables-backend={backend}",
+                    f"--status-socket={self.status_socket}",
                     # nf_conntrack_max cannot be written outside of the first namespace.
                     "--conntrack-max-per-core=0",
                     "--conntrack-tcp-timeout-established=0",
@@ -91,6 +94,12 @@ class Proxy:
             if sample == name and all(f'{key}="{text}"' in rest for key, text in labels.items()):
                 total += float(value)
         return total
+
+    def ask(self, *arguments: str, prefix: Sequence[str] = ()) -> subprocess.CompletedProcess[str]:
+        """Run ``kubeproxy-py status``, by another program if *prefix* names one."""
+        program = (sys.executable, "-m", "kubeproxy_py", "status")
+        socket = f"--status-socket={self.status_socket}"
+        return self.lab.node.run([*prefix, *program, socket, *arguments], check=False)
 
     # What it does ----------------------------------------------------------------------------------
 

@@ -24,7 +24,7 @@ from tests.support.builders import (
     make_slice,
 )
 
-COMMANDS = ("run", "render", "plan", "explain", "cleanup")
+COMMANDS = ("run", "render", "plan", "explain", "status", "cleanup")
 
 
 class Ended(NamedTuple):

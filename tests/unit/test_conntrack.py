@@ -568,3 +568,24 @@ def test_stopping_drops_what_waits(metrics, work):
     reconciler.stop(5)
 
     assert work.begun.empty()
+
+
+@pytest.mark.parametrize("error", [None, PermissionError(1, "not permitted"), ValueError("a bug")])
+def test_how_the_last_run_ended_is_told(metrics, error):
+    begun = threading.Event()
+
+    def run(*_):
+        begun.set()
+        if error:
+            raise error
+        return DONE
+
+    reconciler = conntrack.Reconciler(metrics, run, wall_clock=lambda: 7.0)
+    assert reconciler.last == {}
+    with capture_logs():
+        reconciler.start()
+        reconciler.request(IPFamily.V4, lambda: EMPTY)
+        assert begun.wait(10)
+        reconciler.stop(10)
+
+    assert reconciler.last == {IPFamily.V4: (7.0, str(error) if error else DONE)}

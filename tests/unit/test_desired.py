@@ -42,9 +42,9 @@ def test_the_parts_put_together_make_the_rules_that_the_parts_make(write, state,
         node_ips=("192.168.0.2",), topology_labels={"topology.kubernetes.io/zone": "zone-a"}
     )
     problems = []
-    built = desired.build(
-        settings(write(*items), cluster_cidr=CIDR), facts, "node1", family, problems.append
-    )
+    chosen = settings(write(*items), cluster_cidr=CIDR)
+    store = desired.load(chosen, "node1", problems.append)
+    built = desired.build(chosen, store, facts, "node1", family)
 
     names = {str(name) for name in states.service_states(items, family)}
     assert built.service_count == len(names)
@@ -64,9 +64,8 @@ def test_facts_of_another_node_are_not_this_node_s(write):
         "status": {"addresses": [{"type": "InternalIP", "address": "192.168.0.4"}]},
     }
     facts = HostFacts()
-    built = desired.build(
-        settings(write(node), detect_local_mode="NodeCIDR"), facts, "node1", V4, print
-    )
+    chosen = settings(write(node), detect_local_mode="NodeCIDR")
+    built = desired.build(chosen, desired.load(chosen, "node1", print), facts, "node1", V4)
 
     assert built.options.zone == ""
     assert built.options.node_ip == "127.0.0.1"
@@ -77,14 +76,16 @@ def test_a_path_that_is_not_there_is_named(tmp_path):
     path = str(tmp_path / "none")
 
     with pytest.raises(ConfigError, match=path):
-        desired.build(settings(path), HostFacts(), "node1", V4, print)
+        desired.load(settings(path), "node1", print)
 
 
 @pytest.mark.parametrize("is_allowed", [True, False])
 def test_external_ips_can_be_switched_off(write, is_allowed):
     path = write(make_service(externalIPs=["192.168.99.22"]), make_slice())
     gates = {"AllowServiceExternalIPs": is_allowed}
-    built = desired.build(settings(path, feature_gates=gates), HostFacts(), "node1", V4, print)
+    chosen = settings(path, feature_gates=gates)
+    store = desired.load(chosen, "node1", print)
+    built = desired.build(chosen, store, HostFacts(), "node1", V4)
     services = built.tables["nat"]["KUBE-SERVICES"]
 
     assert any("192.168.99.22" in rule for rule in services) is is_allowed

@@ -452,3 +452,8 @@ def test_no_two_prefixes_have_one_name(family):
 )
 def test_no_chain_of_kube_proxy_or_of_a_service_looks_like_one_of_a_tree(name):
     assert dispatch.tree_depth(name) is None
+
+
+@pytest.mark.parametrize("layout", ["flat", "tree"])
+def test_trees_are_named_for_who_asks(layout):
+    assert Dispatch(IPFamily.V4, layout).trees() == (SHARED if layout == "tree" else ())

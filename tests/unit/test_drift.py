@@ -271,7 +271,7 @@ def test_a_suspicion_makes_a_sync_that_reads_no_more_than_it_must(world, loop, c
     assert turn(loop, clock) == "ok"
     assert world.own() == desired(make_service(), make_slice())
     assert world.kernel.saves == 1
-    assert [(repair.kind, repair.culprits) for repair in loop.repairs] == [
+    assert [(done.repair.kind, done.repair.culprits) for done in loop.history.repairs] == [
         ("chain_flushed", (NFT,))
     ]
 
@@ -300,3 +300,51 @@ def test_a_failure_while_others_write_is_tried_again_at_once(world, loop, clock)
     assert loop._sync() == "disturbed"
     loop._pacer.finished(clock.now, took_s=0.0, outcome="disturbed")
     assert loop._pacer.due_at() - clock.now < 0.1
+
+
+def fight(suspects, *chains):
+    """Let *chains* be contested; return when they were looked at last."""
+    at = 0.0
+    for _ in range(FREE + 1):
+        at, _ = look(suspects, *chains, at=at)
+    return at
+
+
+@pytest.mark.parametrize(("chains", "told"), [((A,), frozenset([A])), ((), None)])
+def test_a_contest_is_told_to_who_asks_while_it_lasts(suspects, chains, told):
+    assert suspects.contested(0.0) == ()
+    at = fight(suspects, *chains)
+    (contest,) = suspects.contested(at)
+
+    assert (contest.chains, contest.culprits, contest.wait_s) == (told, (NFT,), 2.0)
+    # Five seconds and twice the wait.
+    assert suspects.contested(at + 8.9) == (contest,)
+    assert suspects.contested(at + 9.1) == ()
+
+
+def test_a_look_that_names_nobody_leaves_the_last_name(suspects):
+    at = fight(suspects, A)
+    suspects.add(suspicion(A, culprit=None), at)
+    found = suspects.take(suspects.due_at())
+    suspects.finished(found, at + 2, has_repaired=True)
+
+    assert suspects.contested(at + 2)[0].culprits == (NFT,)
+
+
+def test_the_loop_tells_of_syncs_and_contests(world, metrics, clock):
+    pacer = Pacer(retry_s=30, audit_s=600, min_interval_s=0)
+    pacer.finished(clock.now, took_s=0.0, outcome="ok")
+    news = []
+    loop = SyncLoop(
+        V4, world.syncer, pacer, health=Health(), metrics=metrics, clock=lambda: clock.now, tell=news.append
+    )  # fmt: skip
+    for _ in range(FREE + 1):
+        world.kernel.tables["nat"]["KUBE-MARK-MASQ"] = ()
+        loop.suspect(suspicion(MASQ))
+        clock.now = max(clock.now, loop._suspects.due_at())
+        turn(loop, clock)
+
+    assert sum(isinstance(one, drift.Contest) for one in news) == 1
+    assert sum(bool(getattr(one, "repairs", ())) for one in news) == FREE + 1
+    assert [contest.chains for contest in loop.contested()] == [frozenset([MASQ])]
+    assert len(loop.history.repairs) == 20

@@ -592,3 +592,10 @@ def test_late_update_of_closed_ports_opens_nothing(open_ports, failures):
 
     assert not is_open(port)
     assert failures == []
+
+
+def test_who_asks_is_told_how_long_changes_have_waited(proxy, clocks):
+    proxy.queued(IPFamily.V4)
+    clocks.go_on(3)
+
+    assert proxy.pending() == {IPFamily.V4: 3}

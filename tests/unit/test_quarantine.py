@@ -178,3 +178,28 @@ def test_waits_grow_up_to_a_limit_and_begin_anew_after_a_change():
 
     assert waits == [30, 60, 120, 240, 480, 900, 900, 900]
     assert quarantine.next_retry_at() == 30
+
+
+def test_how_long_it_lasts_counts_from_the_first_refusal_until_it_was_programmed():
+    quarantine = Quarantine()
+    quarantine.admit(BAD, None, "refused", 10.0)
+    quarantine.release_due(1e9)
+    quarantine.admit(BAD, None, "refused", 60.0)
+    assert quarantine.cases[BAD].since == 10.0
+
+    quarantine.release_due(1e9)
+    quarantine.settle()
+    quarantine.admit(BAD, None, "refused", 500.0)
+    assert quarantine.cases[BAD].since == 500.0
+
+
+def test_who_asks_is_told_which_service_why_since_when_and_what_was_refused(world):
+    world.now = 40.0
+    world.listed(make_node(), *GOOD, BAD_SERVICE, bad())
+    world.sync()
+
+    (case,) = world.syncer.programmed.quarantined
+    # The wall clock shows 100 when the other one shows 40.
+    assert (case.service, case.since, case.retry_at, case.attempts) == (BAD, 100.0, 130.0, 1)
+    assert world.syncer.last_failure.message.startswith("cannot restore rules")
+    assert any("10.180.66.6" in line for line in world.syncer.last_failure.lines)

@@ -2,6 +2,7 @@
 
 import threading
 import time
+from collections import deque
 from contextlib import ExitStack
 
 import pytest
@@ -97,22 +98,150 @@ def test_service_event_stands_in_the_services_namespace(server, record):
     assert event["note"] == "node n failed"
 
 
-def test_repetition_within_a_minute_is_one_event(server, record):
-    times = iter([100.0, 130.0, 159.0])
-    recorder = record(clock=lambda: next(times))
+class Clock:
+    """Seconds that a test moves on, and the wall clock that goes with them."""
+
+    def __init__(self):
+        self.now = 100.0
+
+    def settings(self):
+        return {"clock": lambda: self.now, "now_ns": lambda: int(self.now * 1e9)}
+
+    def move(self, recorder, seconds):
+        """Move on, and wake whoever waits by the old time."""
+        with recorder._changed:
+            self.now += seconds
+            recorder._changed.notify_all()
+
+
+@pytest.fixture
+def clock():
+    return Clock()
+
+
+def series_of(server):
+    return [event.get("series") for event in server.objects("Event")]
+
+
+def wait_until(condition):
+    deadline = time.monotonic() + 5
+    tick = threading.Event()
+    while not condition():
+        assert time.monotonic() < deadline, "condition not met in time"
+        tick.wait(0.005)
+
+
+def test_what_comes_again_is_counted_on_the_first_event(server, record, clock):
+    recorder = record(**clock.settings())
+    recorder.start()
+    starting(recorder)
+    wait_for_events(server, 1)
+    clock.move(recorder, 1)
+    starting(recorder)
+
+    wait_until(
+        lambda: (
+            series_of(server) == [{"count": 2, "lastObservedTime": "1970-01-01T00:01:41.000000Z"}]
+        )
+    )
+
+
+def test_further_repetitions_are_posted_when_it_has_been_quiet(server, record, clock):
+    recorder = record(**clock.settings())
+    recorder.start()
+    starting(recorder)
+    wait_for_events(server, 1)
+    for _ in range(5):
+        clock.move(recorder, 10)
+        starting(recorder)
+    wait_until(lambda: server.count("patch", "events") == 1)
+    starting(recorder)
+    clock.move(recorder, 359)
+    assert server.count("patch", "events") == 1
+
+    clock.move(recorder, 1)
+    wait_until(lambda: series_of(server)[0]["count"] == 7)
+
+
+def test_what_comes_all_the_time_is_posted_every_half_hour(server, record, clock):
+    recorder = record(**clock.settings())
+    recorder.start()
+    starting(recorder)
+    wait_for_events(server, 1)
+    for _ in range(33):
+        clock.move(recorder, 60)
+        starting(recorder)
+        wait_until(lambda: server.count("patch", "events") >= 1)
+
+    wait_until(lambda: server.count("patch", "events") == 2)
+    assert 29 <= series_of(server)[0]["count"] <= 34
+
+
+def test_repetitions_before_it_could_be_posted_are_posted_with_it(server, record):
+    recorder = record()
     for _ in range(3):
         starting(recorder)
+    recorder.start()
 
-    assert len(recorder._queue) == 1
+    (event,) = wait_for_events(server, 1)
+    assert event["series"]["count"] == 3
 
 
-def test_repetition_after_a_minute_is_another_event(server, record):
-    times = iter([100.0, 160.0])
-    recorder = record(clock=lambda: next(times))
-    for _ in range(2):
-        starting(recorder)
+def test_a_series_goes_on_though_its_event_has_expired(server, record, clock):
+    recorder = record(**clock.settings())
+    recorder.start()
+    starting(recorder)
+    (event,) = wait_for_events(server, 1)
+    server.delete("Event", event["metadata"]["namespace"], event["metadata"]["name"])
+    starting(recorder)
+
+    wait_until(lambda: server.count("create", "events") == 2)
+    wait_until(
+        lambda: (
+            series_of(server) == [{"count": 2, "lastObservedTime": "1970-01-01T00:01:40.000000Z"}]
+        )
+    )
+
+
+def test_repetition_after_six_minutes_is_another_event(record, clock):
+    recorder = record(**clock.settings())
+    starting(recorder)
+    clock.now += 360
+    starting(recorder)
 
     assert len(recorder._queue) == 2
+
+
+def test_many_different_events_about_one_object_are_too_many(record, clock):
+    recorder = record(**clock.settings())
+    for number in range(30):
+        starting(recorder, note=str(number))
+    assert (len(recorder._queue), recorder._dropped) == (25, 5)
+
+    starting(recorder, node="node2")
+    clock.now += 300
+    for number in range(2):
+        starting(recorder, note=f"later {number}")
+    assert (len(recorder._queue), recorder._dropped) == (27, 6)
+
+
+def test_what_is_remembered_is_bounded(record, clock):
+    recorder = record(**clock.settings())
+    for number in range(2000):
+        starting(recorder, node=f"node{number}")
+
+    assert len(recorder._series) <= 500
+    assert len(recorder._budgets) <= 500
+
+
+def test_what_is_over_is_forgotten(record, clock):
+    recorder = record(**clock.settings())
+    recorder._queue = deque(maxlen=0)
+    starting(recorder)
+    clock.now += 360
+    starting(recorder, node="node2")
+
+    assert len(recorder._series) == 1
 
 
 def test_other_notes_and_objects_are_other_events(server, record):
@@ -128,13 +257,14 @@ def test_latest_hundred_events_are_kept_and_the_loss_is_told(server, record):
     moments = iter(range(1000))
     recorder = record(now_ns=lambda: next(moments))
     for n in range(103):
-        starting(recorder, note=str(n))
+        starting(recorder, node=f"node{n}")
 
     with capture_logs() as logs:
         recorder.start()
         events = wait_for_events(server, 100)
 
-    assert {event["note"] for event in events} == {str(n) for n in range(3, 103)}
+    names = {event["regarding"]["name"] for event in events}
+    assert names == {f"node{n}" for n in range(3, 103)}
     assert [log["count"] for log in logs if log["event"] == "recorder.events_dropped"] == [3]
 
 
@@ -179,8 +309,8 @@ def test_long_note_is_cut_to_what_the_server_takes(server, record):
 
     starting(recorder, note="é" * 600)
 
-    (event,) = recorder._queue
-    assert event["note"] == "é" * 512
+    (series,) = recorder._queue
+    assert series.event["note"] == "é" * 512
 
 
 def test_without_a_connection_events_go_nowhere():

@@ -649,3 +649,51 @@ def test_waiting_for_the_lock_is_no_reason_to_pause(world, health):
     loop.run()
 
     assert took == [0.5]
+
+
+# What is told of it --------------------------------------------------------------------------------
+
+
+def test_before_the_first_sync_nothing_is_programmed(metrics):
+    world = World(metrics)
+
+    assert (world.syncer.programmed, world.syncer.last_failure) == (None, None)
+
+
+def test_after_a_sync_it_is_told_what_is_in_force(world):
+    found = world.syncer.programmed
+
+    assert (found.services, found.endpoints, found.quarantined) == (1, 1, ())
+    assert found.rules["nat"] == world.ruleset.rule_count("nat")
+
+
+def test_a_failure_is_told_and_what_is_in_force_stays(world):
+    before = world.syncer.programmed
+    world.put(make_slice(endpoints=["10.180.1.12"]))
+    world.fail(LockTimeout("cannot get the xtables lock"))
+
+    assert world.syncer.programmed is before
+    assert world.syncer.last_failure.message == "cannot get the xtables lock"
+
+
+def test_chains_that_were_there_at_the_start_are_counted_once(world, metrics):
+    assert world.sync().chains_found == 0
+    second = World(metrics, world.kernel)
+    second.listed(make_node(), make_service(), make_slice())
+
+    assert second.sync().chains_found == sum(len(chains) for chains in world.own().values())
+    second.syncer.forget_live()
+    assert second.sync().chains_found == 0
+
+
+def test_the_loop_tells_how_the_last_attempt_ended(world, metrics):
+    loop = SyncLoop(V4, world.syncer, Pacer(retry_s=30, audit_s=600), health=Health(), metrics=metrics, wall_clock=lambda: 50.0)  # fmt: skip
+    world.put(make_slice(endpoints=["10.180.1.12"]))
+    for _ in range(2):
+        world.kernel.fail_restore(IptablesError("no"))
+    loop._sync()
+    assert (loop.history.error, loop.history.last) == ("no", None)
+
+    world.kernel.fail_no_more()
+    loop._sync()
+    assert (loop.history.error, loop.history.last.at) == (None, 50.0)

@@ -905,3 +905,28 @@ def test_lines_are_the_same_however_the_stream_is_cut_into_pieces(server):
 
 def test_every_kind_has_a_type():
     assert set(watch._PATHS) == set(objects.TYPES)
+
+
+# -- what is told of it ---------------------------------------------------------------------------
+
+
+def test_who_asks_is_told_where_a_watch_stands(server, follow):
+    server.apply(builders.make_service())
+    watching = follow(server)
+    watching.shelf.wait_for(lambda: watching.shelf.names)
+    until(lambda: watching.watcher.state().resource_version)
+    state = watching.watcher.state()
+
+    assert (state.kind, state.objects, state.failing_for_s, state.error) == ("Service", 1, None, "")
+    assert abs(time.time() - state.last_event_at) < 60
+
+
+def test_a_watch_that_fails_says_for_how_long_and_why(server, follow):
+    server.fail(503, times=None)
+    watching = follow(server)
+    until(lambda: watching.watcher.state().error)
+    state = watching.watcher.state()
+
+    assert state.failing_for_s >= 0
+    assert "503" in state.error
+    assert (state.objects, state.resource_version, state.last_event_at) == (0, "", None)
