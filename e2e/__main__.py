@@ -9,7 +9,7 @@ import argparse
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from shutil import which
 from typing import Final
@@ -31,10 +31,9 @@ class SetupError(Exception):
     """A step failed; the message names it and has its words."""
 
 
-def main(argv: Sequence[str], run: Callable[..., str] | None = None) -> int:
-    """Do all of it; *run* runs a command and returns what it prints, for tests."""
+def main(argv: Sequence[str]) -> int:
+    """Do all of it and return the exit status."""
     options = _parse(argv)
-    run = run or _run
     if missing := _missing(options):
         for what in missing:
             print(f"cannot run the end-to-end tests: {what}", file=sys.stderr)
@@ -46,34 +45,38 @@ def main(argv: Sequence[str], run: Callable[..., str] | None = None) -> int:
         kubeconfig = str(Path(directory) / "kubeconfig")
         try:
             if not options.image:
-                run(["docker", "build", "--tag", _image(options), str(ROOT)])
-            _create(name, options, kubeconfig, run)
+                _run(["docker", "build", "--tag", _image(options), str(ROOT)])
+            _create(name, options, kubeconfig)
             status = _test(kubeconfig, ["--disruptive", *options.pytest])
         except SetupError as error:
             print(f"cannot set the cluster up: {error}", file=sys.stderr)
             status = _FAILED
         finally:
             if not options.keep:
-                _run_anyway(["kind", "delete", "cluster", "--name", name])
+                _run_anyway(["kind", "delete", "cluster", f"--name={name}"])
     return status
 
 
-def _create(
-    name: str, options: argparse.Namespace, kubeconfig: str, run: Callable[..., str]
-) -> None:
-    config = Path(__file__).parent / "kind" / f"{options.family}.yaml"
+def _create(name: str, options: argparse.Namespace, kubeconfig: str) -> None:
+    config = str(Path(__file__).parent / "kind" / f"{options.family}.yaml")
     kubectl = ["kubectl", f"--kubeconfig={kubeconfig}"]
-    run(
-        ["kind", "create", "cluster", "--name", name, "--config", str(config)]
-        + ["--kubeconfig", kubeconfig]
+    _run(
+        [
+            "kind",
+            "create",
+            "cluster",
+            f"--name={name}",
+            f"--config={config}",
+            f"--kubeconfig={kubeconfig}",
+        ]
     )
-    run(["kind", "load", "docker-image", _image(options), "--name", name])
-    rendered = list(yaml.safe_load_all(run([*kubectl, "kustomize", str(OVERLAY)])))
+    _run(["kind", "load", "docker-image", _image(options), f"--name={name}"])
+    rendered = list(yaml.safe_load_all(_run([*kubectl, "kustomize", str(OVERLAY)])))
     objects = deploy.fitted(rendered, image=_image(options), api_host=f"{name}-control-plane")
-    run([*kubectl, "apply", "--filename=-"], text=yaml.safe_dump_all(objects))
+    _run([*kubectl, "apply", "--filename=-"], text=yaml.safe_dump_all(objects))
     rollout = ["rollout", "status", "daemonset/kubeproxy-py", f"--timeout={_READY}"]
-    run([*kubectl, "--namespace=kube-system", *rollout])
-    run([*kubectl, "wait", "--for=condition=Ready", "nodes", "--all", f"--timeout={_READY}"])
+    _run([*kubectl, "--namespace=kube-system", *rollout])
+    _run([*kubectl, "wait", "--for=condition=Ready", "nodes", "--all", f"--timeout={_READY}"])
 
 
 def _test(kubeconfig: str, extra: Sequence[str]) -> int:
