@@ -207,7 +207,9 @@ class Deployed:
         return self.log.read_text(errors="replace")
 
 
-@pytest.mark.parametrize("kustomization", ["overlays/kind", "overlays/kubeadm"])
+@pytest.mark.parametrize(
+    ("kustomization", "backend"), [("overlays/kind", "nft"), ("overlays/kubeadm", "legacy")]
+)
 def test_what_the_manifest_gives_is_enough_and_used(
     kustomization, clean_lab, servers, backend, api, tmp_path
 ):
@@ -255,8 +257,8 @@ def test_without_a_permission_the_authorizer_of_these_tests_says_no(clean_lab, a
     ]
 
 
-def test_without_net_admin_the_daemon_ends_with_a_reason(clean_lab, backend, api, tmp_path):
-    deployed = Deployed("overlays/kind", clean_lab, api, tmp_path, backend)
+def test_without_net_admin_the_daemon_ends_with_a_reason(clean_lab, api, tmp_path):
+    deployed = Deployed("overlays/kind", clean_lab, api, tmp_path, "nft")
     context = manifests.container(deployed.objects, "kubeproxy-py")["securityContext"]
     context["capabilities"]["add"] = ["NET_RAW"]
     daemon = deployed.runner.start("kubeproxy-py", deployed.log)
