@@ -203,6 +203,17 @@ class Deployed:
         assert daemon.poll() is None, self.said()
         return daemon
 
+    def run_command(self, command):
+        """Run another command in the daemon's container and return its exit status."""
+        container = manifests.container(self.objects, "kubeproxy-py")
+        arguments = container["args"]
+        assert arguments[0] == "run"
+        container["args"] = [command, *arguments[1:]]
+        try:
+            return self.runner.start("kubeproxy-py", self.log).wait(60)
+        finally:
+            container["args"] = arguments
+
     def said(self):
         return self.log.read_text(errors="replace")
 
@@ -234,6 +245,8 @@ def test_what_the_manifest_gives_is_enough_and_used(
         "kube-system",
     )
     assert deployed.authorizer.permissions == only_upstream.permissions
+    # What the documents say to look at: nothing is left to be changed.
+    assert deployed.run_command("plan") == 0, deployed.said()
     # Capabilities: nothing was refused but what the documents say.
     words = ("permitted", "read-only", "denied")
     refused = {
