@@ -54,14 +54,16 @@ def netexec(*, http_port: int = 80, udp_port: int = -1, delay_s: int = 0) -> lis
 def http(
     ip: str, port: int, path: str = "/hostname", *, tries: int = 1, source_port: int = 0
 ) -> list[str]:
-    """Return a command that asks *tries* times and prints a line for each, for ``parse``."""
+    """Return a command that asks *tries* times, but stops when nobody answers, for ``parse``."""
     host = f"[{ip}]" if ":" in ip else ip
     local = f" --local-port {source_port}" if source_port else ""
     url = shlex.quote(f"http://{host}:{port}{path}")
     limits = f"--connect-timeout {_CONNECT_S} --max-time {_ANSWER_S}"
     # Only what -v prints tells a refusal from a missing route, in all versions of curl.
     ask = f"curl -gqsv{local} {limits} {url} 2>{_ERRORS}"
-    return _repeated(f"{ask} || {{ c=$?; grep -o refused {_ERRORS} | head -n 1; exit $c; }}", tries)
+    why = f"{{ c=$?; grep -o refused {_ERRORS} | head -n 1; exit $c; }}"
+    # Thirty tries that all wait for nobody would take minutes, and say no more than one.
+    return _repeated(f"{ask} || {why}", tries, stops=True)
 
 
 def http_status(ip: str, port: int, path: str = "/") -> list[str]:
@@ -116,7 +118,10 @@ def parse_client_ip(body: str) -> str:
     return str(mapped or found)
 
 
-def _repeated(ask: str, tries: int, *, is_parallel: bool = False) -> list[str]:
-    once = f'out=$({ask} 2>&1); echo "$? $out"'
+def _repeated(ask: str, tries: int, *, is_parallel: bool = False, stops: bool = False) -> list[str]:
+    """Return a script that prints a line for each try; *stops*: until one fails."""
+    once = f'out=$({ask} 2>&1); c=$?; echo "$c $out"'
+    if stops:
+        once += "; [ $c -eq 0 ] || break"
     each = f"({once}) &" if is_parallel else f"{once};"
     return ["sh", "-c", f"i=0; while [ $i -lt {tries} ]; do i=$((i+1)); {each} done; wait"]

@@ -7,19 +7,19 @@ from e2e.objects import port
 
 @pytest.fixture
 def proxies(cluster, pytestconfig):
-    """Give the names and nodes of the proxy's Pods, by a function that asks anew."""
+    """Give node, namespace and name of the proxy's ready Pods, by a function that asks anew."""
     selector = pytestconfig.getoption("--proxy-selector")
 
     def find():
-        return {
-            pod["spec"]["nodeName"]: (pod["metadata"]["namespace"], pod["metadata"]["name"])
+        return sorted(
+            (pod["spec"]["nodeName"], pod["metadata"]["namespace"], pod["metadata"]["name"])
             for pod in cluster.list("pods", selector=selector)
             if not pod["metadata"].get("deletionTimestamp")
             and any(
                 (c["type"], c["status"]) == ("Ready", "True")
                 for c in pod["status"].get("conditions", ())
             )
-        }
+        )
 
     return find
 
@@ -39,7 +39,9 @@ def test_should_check_kube_proxy_urls(bench):
 
 
 def test_every_node_has_one_ready_proxy(bench, proxies):
-    bench.wait(lambda: {node.name for node in bench.nodes} <= set(proxies()), "ready proxies")
+    nodes = sorted(node.name for node in bench.nodes)
+
+    bench.wait(lambda: [node for node, *_ in proxies()] == nodes, "one ready proxy on each node")
 
 
 @pytest.mark.disruptive
@@ -49,14 +51,11 @@ def test_should_work_after_restarting_kube_proxy(bench, cluster, proxies):
     before = bench.service("before", [port(80)])
     bench.expect(client, before.ip, 80, server)
     old = proxies()
-    for namespace, name in old.values():
+    for _, namespace, name in old:
         cluster.delete("Pod", namespace, name)
     # Rules stay while the proxy is away.
     answers = bench.ask(client, before.ip, 80, tries=10)
-    bench.wait(
-        lambda: set(proxies()) >= set(old) and not set(proxies().values()) & set(old.values()),
-        "new proxies",
-    )
+    bench.wait(lambda: len(proxies()) == len(old) and not set(proxies()) & set(old), "new proxies")
     after = bench.service("after", [port(80)])
 
     assert {answer.body for answer in answers} == {server.name}
@@ -75,7 +74,7 @@ def test_should_recreate_its_iptables_rules_if_they_are_deleted(bench, cluster, 
         "for p in iptables-nft ip6tables-nft iptables-legacy ip6tables-legacy; do"
         " $p -w -t nat -F KUBE-SERVICES 2>/dev/null || true; done"
     )
-    for namespace, name in proxies().values():
+    for _, namespace, name in proxies():
         cluster.execute(namespace, name, ["sh", "-c", flush])
 
     bench.expect(client, service.ip, 80, server)

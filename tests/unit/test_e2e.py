@@ -55,9 +55,10 @@ def test_answers_of_http_are_told_apart(fake, tmp_path):
         done = subprocess.run(
             agnhost.http("10.0.0.1", port, tries=2), capture_output=True, text=True, check=True
         )
-        first, second = agnhost.parse(done.stdout)
-        assert first == second
-        seen.append(first)
+        answers = agnhost.parse(done.stdout)
+        # It does not go on where nobody answers.
+        assert len(answers) == (2 if port == 80 else 1)
+        seen.append(answers[0])
 
     assert seen[0] == Answer("answered", "web-1")
     assert [answer.status for answer in seen[1:]] == [
