@@ -245,6 +245,7 @@ def test_what_the_manifest_gives_is_enough_and_used(
         "kube-system",
     )
     assert deployed.authorizer.permissions == only_upstream.permissions
+    assert "config.warned" not in deployed.said()
     # What the documents say to look at: nothing is left to be changed.
     assert deployed.run_command("plan") == 0, deployed.said()
     # Capabilities: nothing was refused but what the documents say.
