@@ -305,7 +305,7 @@ def test_patches_keep_what_they_do_not_name():
     }
 
 
-@pytest.mark.parametrize("document", ["docs/operations.md", "deploy/helm/kubeproxy-py/README.md"])
+@pytest.mark.parametrize("document", ["docs/kubernetes.md", "deploy/helm/kubeproxy-py/README.md"])
 def test_paths_that_the_documents_name_exist(document):
     text = (manifests.ROOT / document).read_text()
     named = {path.rstrip(".") for path in re.findall(r"\b(?:deploy|e2e)/[\w./-]+", text)}
@@ -315,7 +315,7 @@ def test_paths_that_the_documents_name_exist(document):
 
 
 def test_the_hand_back_takes_away_what_the_take_over_brought():
-    text = (manifests.ROOT / "docs" / "operations.md").read_text()
+    text = (manifests.ROOT / "docs" / "kubernetes.md").read_text()
     removed = re.findall(r'"op": "remove", "path": "([^"]+)"', text)
     off = kustomize.merge(KUBE_PROXY, patch_of("overlays/kubeadm-canary/kube-proxy.yaml"))
     off = kustomize.merge(off, patch_of("overlays/kubeadm/kube-proxy.yaml"))
