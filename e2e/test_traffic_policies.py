@@ -82,6 +82,7 @@ def test_should_fail_health_check_node_port_if_there_are_only_terminating_endpoi
     server = bench.server("server", node=two_nodes[0], delay_s=DELAY_S)
     service = bench.service("ending", [port(80)], **LOCAL)
     client = bench.client("client", node=two_nodes[0], host_network=True)
+    bench.expect(client, two_nodes[0].ip, service.node_ports["TCP"], server)
     bench.expect_status(client, two_nodes[0].ip, service.health_check_node_port, "200")
     bench.delete("Pod", server.name)
 

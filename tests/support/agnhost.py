@@ -16,7 +16,11 @@ import threading
 import time
 import urllib.parse
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Final
+
+#: There once it serves, and knows what to do at its end.
+STARTED_FILE: Final = Path("/dev/shm/started")
 
 _NAME: Final = os.environ.get("HOSTNAME", "")
 
@@ -92,6 +96,7 @@ def main(argv: Sequence[str]) -> int:
                 if port >= 0:
                     server = servers.enter_context(kind(("::", port), handler))
                     threading.Thread(target=server.serve_forever, daemon=True).start()
+        STARTED_FILE.touch()
         ended.wait()
         time.sleep(options.delay_shutdown)
         os._exit(0)  # as a container that is stopped: whatever is in flight ends

@@ -30,6 +30,7 @@ from e2e import agnhost
 from e2e.cluster import Cluster, ClusterError, Execution
 from kubeproxy_py.model import IPFamily
 from tests.support import addresses, schemas
+from tests.support.agnhost import STARTED_FILE
 from tests.support.builders import make_node
 from tests.support.netns import Backend, Lab, Namespace
 
@@ -241,12 +242,11 @@ class LabCluster:
             place, name, [sys.executable, "-m", "tests.support.agnhost", *container["args"]]
         )
         ips = [{"ip": place.address(family)} for family in IPFamily]
-        is_ready = "readinessProbe" not in container
         pod["status"] = {
-            "phase": "Running",
+            "phase": "Pending",
             "podIP": ips[0]["ip"],
             "podIPs": ips,
-            "conditions": [{"type": "Ready", "status": str(is_ready)}],
+            "conditions": [{"type": "Ready", "status": "False"}],
         }
         self._put(pod)
 
@@ -274,16 +274,22 @@ class LabCluster:
         if process.poll() is not None:
             if "deletionTimestamp" in pod["metadata"]:
                 self._bury(key)
-            elif pod["status"]["phase"] == "Running":
+            elif pod["status"]["phase"] != "Failed":
                 pod["status"]["phase"] = "Failed"
                 self._put(pod)
             return
-        if "readinessProbe" not in pod["spec"]["containers"][0]:
+        if key[1] == "kube-system":
             return
-        is_ready = Path(f"/proc/{process.pid}/root{agnhost.READY_FILE}").exists()
-        condition = {"type": "Ready", "status": str(is_ready)}
-        if pod["status"]["conditions"] != [condition]:
-            pod["status"]["conditions"] = [condition]
+        own = Path(f"/proc/{process.pid}/root")
+        is_running = (own / _inside(STARTED_FILE)).exists()
+        has_probe = "readinessProbe" in pod["spec"]["containers"][0]
+        is_ready = is_running and (not has_probe or (own / _inside(agnhost.READY_FILE)).exists())
+        status = {
+            "phase": "Running" if is_running else "Pending",
+            "conditions": [{"type": "Ready", "status": str(is_ready)}],
+        }
+        if not status.items() <= pod["status"].items():
+            pod["status"] |= status
             self._put(pod)
 
     def _bury(self, key: Key) -> None:
@@ -331,6 +337,10 @@ class LabCluster:
             "spec": {"nodeName": node, "hostNetwork": True, "containers": [{"name": "proxy"}]},
             "status": {"phase": "Running", "conditions": [{"type": "Ready", "status": "True"}]},
         }
+
+
+def _inside(path: Path | str) -> str:
+    return str(path).lstrip("/")
 
 
 def _key(obj: Json) -> Key:
