@@ -9,8 +9,11 @@ BIN := $(VENV)/bin
 SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
 # What the daemon, the demo and the tests run (nfacct: only tests); python-iptables is compiled here.
 APT := python3-venv python3-dev gcc libc6-dev iptables iproute2 nftables conntrack nfacct openssl ca-certificates
+# What clients in the tests of e2e/ ask with; on a cluster, their image has both.
+APT += curl netcat-openbsd
 PYTEST := $(SUDO) $(BIN)/python -m pytest
 TYPED := kubeproxy_py tests/support benchmarks deploy/demo/demo.py tests/packet/conftest.py
+TYPED += $(filter-out e2e/test_%,$(wildcard e2e/*.py))
 
 .PHONY: help
 help: ## this list
@@ -43,6 +46,10 @@ test-packet: install ## packet tests only: real kernel, own namespaces
 .PHONY: soak
 soak: install ## the long forms of tests, which take minutes each: faults that last, traffic all the time
 	$(PYTEST) -m soak $(TESTS)
+
+.PHONY: e2e
+e2e: install ## tests on a cluster of kind made for them (E2E="--family dual"), or on another (E2E="--kubeconfig FILE")
+	$(BIN)/python -m e2e $(E2E)
 
 .PHONY: coverage
 coverage: install ## branch coverage of the pure modules, which must be complete
