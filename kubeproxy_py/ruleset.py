@@ -23,6 +23,9 @@ _FIRST: Final = (
 )
 
 
+_TABLES: Final = (rules.FILTER, rules.NAT, rules.MANGLE)
+
+
 class HealthCheck(msgspec.Struct, frozen=True):
     """What a Service's health check node port answers."""
 
@@ -51,12 +54,12 @@ class Ruleset:
     def __init__(self, options: rules.Options) -> None:
         self.options = options
         #: Everything we want to be there, including chains without rules.
-        self.tables: Tables = {}
+        self.tables: Tables = {table: {} for table in _TABLES}
         #: Chains that changed since ``take_touched``, by table: pairs would be as many objects more.
-        self._touched: dict[str, set[str]] = {}
+        self._touched: dict[str, set[str]] = {table: set() for table in _TABLES}
         self._services: dict[ServiceName, _Service] = {}
         self._dispatch = dispatch.Dispatch(options.family, options.layout)
-        self._rule_counts: dict[str, int] = {rules.FILTER: 0, rules.NAT: 0, rules.MANGLE: 0}
+        self._rule_counts: dict[str, int] = dict.fromkeys(_TABLES, 0)
         self._endpoints = 0
         self._lacking = (0, 0)
         self._health_checks: dict[ServiceName, HealthCheck] = {}
@@ -128,7 +131,7 @@ class Ruleset:
             known = {chain: chain for chain in old.chains}
             new = self._services[name] = _Service(
                 state,
-                tuple(known.get(chain, chain) for chain in chains),
+                tuple(known.get(chain, chain) for chain in chains) if known else tuple(chains),
                 (
                     sum(fragment.lacks_internal for fragment in fragments.values()),
                     sum(fragment.lacks_external for fragment in fragments.values()),
@@ -168,21 +171,18 @@ class Ruleset:
         }
 
     def _set(self, table: str, chain: str, texts: tuple[str, ...]) -> None:
-        chains = self.tables.setdefault(table, {})
+        chains = self.tables[table]
         old = chains.get(chain)
         if old != texts:
             chains[chain] = texts
             self._rule_counts[table] += len(texts) - len(old or ())
-            self._touch(table, chain)
+            self._touched[table].add(chain)
 
     def _drop(self, table: str, chain: str) -> None:
         # A tree's chain may have come and gone between two looks.
         old = self.tables[table].pop(chain, ())
         self._rule_counts[table] -= len(old)
-        self._touch(table, chain)
-
-    def _touch(self, table: str, chain: str) -> None:
-        self._touched.setdefault(table, set()).add(chain)
+        self._touched[table].add(chain)
 
     # Asking --------------------------------------------------------------------------------------
 
@@ -191,7 +191,8 @@ class Ruleset:
         touched = frozenset(
             ChainId(table, chain) for table, chains in self._touched.items() for chain in chains
         )
-        self._touched = {}
+        for chains in self._touched.values():
+            chains.clear()
         return touched
 
     def groups(self, names: Iterable[ServiceName] | None = None) -> Iterator[tuple[str, ...]]:

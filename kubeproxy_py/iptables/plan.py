@@ -57,7 +57,8 @@ class Section(msgspec.Struct, frozen=True):
         # takes a third less time for 10,000 Services when chains come in the order it keeps them in.
         for chain in sorted((*self.write, *self.delete)):
             yield f":{chain} - [0:0]"
-        for chain, texts in sorted(self.write.items()):
+        for chain in sorted(self.write):
+            texts = self.write[chain]
             if texts:
                 yield f"-A {chain} " + f"\n-A {chain} ".join(texts)
         for jump in self.insert:

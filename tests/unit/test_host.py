@@ -1,5 +1,6 @@
 """What is learned of this host, as far as no kernel is needed for it."""
 
+import gc
 import socket
 
 import pytest
@@ -85,3 +86,13 @@ def test_a_backend_that_was_asked_for_is_not_looked_for(backend):
 
 def test_releasing_memory_is_harmless():
     assert host.release_memory() is None
+
+
+def test_the_collector_looks_for_cycles_seldom_and_no_library_needs_to_be_glibc():
+    before = gc.get_threshold()
+    try:
+        host.tune_memory()
+
+        assert gc.get_threshold()[0] >= 10_000
+    finally:
+        gc.set_threshold(*before)
