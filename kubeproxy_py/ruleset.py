@@ -11,17 +11,9 @@ from typing import Final
 
 import msgspec
 
-from kubeproxy_py import dispatch, rules
+from kubeproxy_py import dispatch, rules, urgency
 from kubeproxy_py.dispatch import ChainId
 from kubeproxy_py.model import PortKey, ServiceName, ServicePortName, ServiceState, Tables
-
-#: Programmed before all others: without the API and DNS nothing else in a cluster gets up.
-_FIRST: Final = (
-    ServiceName("default", "kubernetes"),
-    ServiceName("kube-system", "kube-dns"),
-    ServiceName("kube-system", "coredns"),
-)
-
 
 _TABLES: Final = (rules.FILTER, rules.NAT, rules.MANGLE)
 
@@ -201,8 +193,11 @@ class Ruleset:
         Chains of one group refer to each other and therefore change in one batch.
         """
         wanted = self._services if names is None else [n for n in names if n in self._services]
-        first = [name for name in _FIRST if name in wanted]
-        for name in (*first, *sorted(name for name in wanted if name not in _FIRST)):
+
+        def rank(name: ServiceName) -> tuple[bool, ServiceName]:
+            return not urgency.is_essential(name, self.state(name)), name
+
+        for name in sorted(wanted, key=rank):
             yield self._services[name].chains
 
     def state(self, name: ServiceName) -> ServiceState | None:
