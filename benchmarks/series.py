@@ -57,6 +57,24 @@ ROWS: Final = (
     Row("memory, idle after the first sync", "memory", median, "MiB"),
     Row("memory, after churn", "memory_churned", median, "MiB"),
     Row("memory, peak of the first sync", "memory_peak", median, "MiB"),
+    Row("connection tracking: entries, half UDP", "conntrack_entries", median, ""),
+    Row("connection tracking: cleaning them once", "conntrack_clean", median, "s"),
+    Row("connection tracking: memory for it", "conntrack_memory", median, "MiB"),
+    Row("connection tracking: share of time cleaned", "conntrack_busy", median, "%"),
+    *(
+        Row(
+            f"one endpoint changed while {what}, {name}",
+            f"conntrack_{series}",
+            statistic,
+            "ms",
+            _MS,
+        )
+        for what, series in (
+            ("a full table is cleaned", "change"),
+            ("an empty one is, as often", "change_empty"),
+        )
+        for name, statistic in (("p50", median), ("p99", p99))
+    ),
     Row("connect without a rule, minimum", "connect_bare", min, "µs", _US),
     *(
         Row(f"connect to {title}, minimum added", f"connect_{name}", min, "µs", _US, "connect_bare")

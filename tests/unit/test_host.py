@@ -2,6 +2,7 @@
 
 import gc
 import socket
+import sys
 
 import pytest
 import structlog
@@ -88,11 +89,13 @@ def test_releasing_memory_is_harmless():
     assert host.release_memory() is None
 
 
-def test_the_collector_looks_for_cycles_seldom_and_no_library_needs_to_be_glibc():
-    before = gc.get_threshold()
+def test_cycles_are_looked_for_seldom_and_threads_wait_for_each_other_shortly():
+    before = gc.get_threshold(), sys.getswitchinterval()
     try:
-        host.tune_memory()
+        host.tune_interpreter()
 
         assert gc.get_threshold()[0] >= 10_000
+        assert sys.getswitchinterval() < 0.001
     finally:
-        gc.set_threshold(*before)
+        gc.set_threshold(*before[0])
+        sys.setswitchinterval(before[1])
