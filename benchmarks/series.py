@@ -93,3 +93,13 @@ ROWS: Final = (
     Row("connections per second without a rule", "rate_bare", median, "/s"),
     Row("connections per second to the last Service", "rate_last", median, "/s"),
 )
+
+#: What the choice between the layouts depends on, at the small sizes where it is made.
+THRESHOLD_ROWS: Final = tuple(
+    row
+    for row in ROWS
+    if row.statistic is not p99
+    and row.series
+    in {"change", "create", "connect_first", "connect_middle", "connect_last", "connect_none"}
+    and (row.statistic is min or not row.minus)
+)
