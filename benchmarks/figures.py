@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Final, NamedTuple
 
 from benchmarks import stage as stages
+from benchmarks import tracking
 from benchmarks.clients import Churn
 from benchmarks.results import Layout
 from benchmarks.stage import Stage
@@ -246,6 +247,24 @@ def churn(run: Run) -> Samples:
     return found | {"memory_churned": [_status_mib(run.proxy, "VmRSS")]}
 
 
+def conntrack(run: Run) -> Samples:
+    """Time the cleaning of a large connection table, and changes meanwhile.
+
+    The layout of rules has no part in it, so it is measured with one only.
+    """
+    if run.layout != "tree":
+        return {}
+    wait_idle(run.proxy)
+    found = tracking.measure(
+        run.stage,
+        run.proxy,
+        lambda: _status_mib(run.proxy, "VmHWM"),
+        lambda: _change_seconds(run, run.effort.changes // 2),
+    )
+    wait_idle(run.proxy)
+    return found
+
+
 def restart(run: Run) -> Samples:
     """Stop the daemon, start another on the same rules: time until healthy, and what it writes."""
     run.proxy.end(signal.SIGTERM)
@@ -361,5 +380,6 @@ FIGURES: Final[dict[str, Callable[[Run], Samples]]] = {
     "create": create,
     "busy": busy,
     "churn": churn,
+    "conntrack": conntrack,
     "restart": restart,
 }

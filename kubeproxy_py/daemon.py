@@ -118,7 +118,7 @@ class Daemon:
 
     def run(self) -> int:
         """Run until a signal or a failure; return the exit status."""
-        host.share_memory()
+        host.tune_interpreter()
         threading.Thread(target=self._stop_by_signal, name="signals", daemon=True).start()
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._note_signal)

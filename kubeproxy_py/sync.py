@@ -13,8 +13,8 @@ from typing import Final, Protocol
 import msgspec
 import structlog
 
-from kubeproxy_py import conntrack, drift, echoes, failures, rules
-from kubeproxy_py.dispatch import ChainId
+from kubeproxy_py import conntrack, drift, echoes, failures, rules, urgency
+from kubeproxy_py.dispatch import SHARED, ChainId
 from kubeproxy_py.errors import BatchRejected, IptablesError, LockTimeout
 from kubeproxy_py.iptables import chains, plan
 from kubeproxy_py.iptables.lock import LockWait
@@ -29,6 +29,9 @@ log = structlog.get_logger()
 # iptables-nft-restore takes time in proportion to the square of its input: 100 Services with five
 # endpoints each (2,200 rules) a batch are near the optimum (benchmarks/).
 NFT_BATCH_RULES: Final = 2500
+# When so many Services have changed that one restore does not do, what is urgent is written first.
+# Fewer take about as long as the additional restore would.
+_STAGED_ABOVE: Final = 100
 _TABLES: Final = (rules.FILTER, rules.NAT)
 # How many times one sync may be refused: each names at least one Service, and costs a look at the
 # kernel. What is left is for the next sync.
@@ -78,6 +81,23 @@ class SyncResult(msgspec.Struct, frozen=True, kw_only=True):
     repairs: tuple[drift.Repair, ...] = ()
     #: Chains of ours that were there at the first look.
     chains_found: int = 0
+
+    def followed_by(self, other: "SyncResult") -> "SyncResult":
+        """Return what both did together; *other* ended last."""
+        return SyncResult(
+            is_full=self.is_full or other.is_full,
+            batches=self.batches + other.batches,
+            rules_written={
+                table: count + other.rules_written[table]
+                for table, count in self.rules_written.items()
+            },
+            chains_written=self.chains_written + other.chains_written,
+            chains_deleted=self.chains_deleted + other.chains_deleted,
+            seconds=other.seconds,
+            repairs=(*self.repairs, *other.repairs),
+            chains_found=other.chains_found,
+            chains_found=other.chains_found,
+        )
 
 
 class Quarantined(msgspec.Struct, frozen=True, kw_only=True):
@@ -130,6 +150,8 @@ class Syncer:
         self._wall_clock = wall_clock
         # What the kernel has; None: unknown.
         self._live: chains.Tables | None = None
+        # What it had when it was looked at before this sync's first stage.
+        self._saved: chains.Tables | None = None
         self._echoes = echoes.Echoes()
         self._quarantine = Quarantine()
         #: Services that are set aside because their rules were refused.
@@ -193,12 +215,12 @@ class Syncer:
             return None
         self._trigger_times += changes.trigger_times
         self._has_stale_udp = self._has_stale_udp or changes.has_udp
-        names = self._update_ruleset(changes)
         is_full = self._live is None
         try:
-            result = self._write_what_is_accepted(names, started)
+            result = self._write_in_stages(changes, started)
         except IptablesError as error:
             self.last_failure = failures.of(error, self._wall_clock())
+            self._saved = None
             if isinstance(error, LockTimeout) and self._live is not None:
                 # Nothing of that batch, of one table, was done, and what was done before is known. What
                 # this sync was about is not known any more, so the next compares everything, in memory.
@@ -210,6 +232,56 @@ class Syncer:
         self._observe(is_full=is_full, seconds=result.seconds)
         self._finish(result)
         return result
+
+    def _write_in_stages(self, changes: Changes, started: float) -> SyncResult:
+        """Write what cannot wait as a sync of its own, if there is much besides; then the rest.
+
+        Each stage is a complete ruleset, of fewer Services or older ones, and is written like any other.
+        """
+        rest, done = changes, None
+        try:
+            first, rest = self._stages(changes)
+            if first is not None:
+                done = self._write_what_is_accepted(self._update_ruleset(first), started)
+        except IptablesError:
+            # It was taken out of the store, and will not be handed out again.
+            self._update_ruleset(rest)
+            raise
+        if done is not None:
+            self._before.clear()
+            self._clean_conntrack()
+        result = self._write_what_is_accepted(self._update_ruleset(rest), started)
+        return result if done is None else done.followed_by(result)
+
+    def _stages(self, changes: Changes) -> tuple[Changes | None, Changes]:
+        """Return what is to be written first, if anything, and what then."""
+        if len(changes.services) <= _STAGED_ABOVE:
+            return None, changes
+        if changes.is_everything:
+            if self._live is not None:
+                return None, changes
+            self._saved = self._read_kernel()
+            if any(self._saved.get(table, {}).get(chain) for table, chain in SHARED):
+                # Rules from before serve all Services. Fewer must not take their place.
+                return None, changes
+        elif self._max_batch_rules is None:
+            # One exchange of the table costs about the same for one Service as for thousands.
+            return None, changes
+        first: dict[ServiceName, ServiceState | None] = {}
+        others: dict[ServiceName, ServiceState | None] = {}
+        for name, state in changes.services.items():
+            is_urgent = urgency.is_essential(name, state) or urgency.loses_endpoints(
+                self._ruleset.state(name), state
+            )
+            (first if is_urgent else others)[name] = state
+        if not first or not others:
+            return None, changes
+        # Everything means that what is not in it is gone, so the rest of it is everything again.
+        rest = changes.services if changes.is_everything else others
+        return (
+            msgspec.structs.replace(changes, services=first),
+            msgspec.structs.replace(changes, services=rest),
+        )
 
     def _update_ruleset(self, changes: Changes) -> Collection[ServiceName] | None:
         """Take *changes* in; return the Services whose chains may differ, or None: all."""
@@ -324,11 +396,7 @@ class Syncer:
         touched: frozenset[ChainId] | None = asked_for
         is_full = self._live is None
         if self._live is None:
-            self._effects.prepare()
-            self._live = self._kernel.save()
-            self._echoes.undo(self._live)
-            if self._chains_found is None:
-                self._chains_found = chains.count_ours(self._live)
+            self._live, self._saved = self._saved or self._read_kernel(), None
         elif self._suspected:
             self._read_suspected(self._live)
             touched = asked_for | self._suspected
@@ -370,6 +438,14 @@ class Syncer:
             repairs=repairs,
             chains_found=self._chains_found or 0 if self.programmed is None else 0,
         )
+
+    def _read_kernel(self) -> chains.Tables:
+        self._effects.prepare()
+        live = self._kernel.save()
+        self._echoes.undo(live)
+        if self._chains_found is None:
+            self._chains_found = chains.count_ours(live)
+        return live
 
     def _read_suspected(self, live: chains.Tables) -> None:
         """Put in *live* what the suspected chains have now."""
@@ -470,11 +546,8 @@ class Syncer:
         self._effects.publish_health_checks(ruleset.health_checks())
         if result.is_full:
             self._effects.release_memory()
-        if self._has_stale_udp:
-            # After the restore: before it, the next packet would make the entry anew.
-            self._has_stale_udp = False
-            services = ruleset.udp_services()
-            self._effects.clean_conntrack(lambda: conntrack.frontends(services))
+        self._clean_conntrack()
+        self._has_stale_udp = False
         say = log.info if result.batches else log.debug
         say(
             "sync.completed",
@@ -508,6 +581,12 @@ class Syncer:
                 for name, case in sorted(quarantine.cases.items())
             ),
         )
+
+    def _clean_conntrack(self) -> None:
+        # After the restore: before it, the next packet would make the entry anew.
+        if self._has_stale_udp:
+            services = self._ruleset.udp_services()
+            self._effects.clean_conntrack(lambda: conntrack.frontends(services))
 
     def _observe(self, *, is_full: bool, seconds: float) -> None:
         family = self._family.value

@@ -14,7 +14,6 @@ Only chains that are ours are declared, rewritten or deleted; in built-in chains
 inserted.
 """
 
-import io
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Final
@@ -55,9 +54,11 @@ class Section(msgspec.Struct, frozen=True):
         # Declaring a chain empties it: chains to write start clean, chains to delete end empty.
         # By name, which within one table's transaction is as good as any other order: iptables-legacy
         # takes a third less time for 10,000 Services when chains come in the order it keeps them in.
-        for chain in sorted((*self.write, *self.delete)):
-            yield f":{chain} - [0:0]"
-        for chain, texts in sorted(self.write.items()):
+        declared = sorted((*self.write, *self.delete))
+        if declared:
+            yield "\n".join(f":{chain} - [0:0]" for chain in declared)
+        for chain in sorted(self.write):
+            texts = self.write[chain]
             if texts:
                 yield f"-A {chain} " + f"\n-A {chain} ".join(texts)
         for jump in self.insert:
@@ -76,13 +77,7 @@ class Batch(msgspec.Struct, frozen=True):
 
     def render(self) -> str:
         """Return the restore input."""
-        # Tens of megabytes where a whole table is written: neither copied nor kept in pieces.
-        text = io.StringIO()
-        for section in self.sections:
-            for piece in section.pieces():
-                text.write(piece)
-                text.write("\n")
-        return text.getvalue()
+        return "".join(f"{piece}\n" for section in self.sections for piece in section.pieces())
 
     def apply_to(self, live: Tables) -> None:
         """Change *live* as the kernel is changed by this batch."""
@@ -214,8 +209,8 @@ class _Planner:
         }
         own = {
             chain
-            for chain in changed.keys() - shared.keys()
-            if chain.startswith(rules.PORT_CHAIN_PREFIXES)
+            for chain in changed
+            if chain not in shared and chain.startswith(rules.PORT_CHAIN_PREFIXES)
         }
         yield Section(
             rules.NAT,
