@@ -22,7 +22,7 @@ import structlog
 from kubeproxy_py.dispatch import ChainId
 from kubeproxy_py.errors import BackendMissing, BatchRejected, IptablesError, LockTimeout
 from kubeproxy_py.iptables import chains, libiptc
-from kubeproxy_py.iptables.lock import LOOK_S, LockWait, LockWatch
+from kubeproxy_py.iptables.lock import LockWait, LockWatch
 from kubeproxy_py.model import IPFamily
 
 log = structlog.get_logger()
@@ -269,8 +269,11 @@ class Iptables:
                 limit = threading.Timer(self._process_limit_s, process.kill)
                 limit.start()
                 try:
-                    with self._own(self.family, process.pid) if self._own else _nothing():
-                        said = self._feed(process, text)
+                    with (
+                        self._own(self.family, process.pid) if self._own else _nothing(),
+                        self._lock.following(process.pid) if self._lock else _nothing(),
+                    ):
+                        _, said = process.communicate(text)
                 finally:
                     limit.cancel()
         except OSError as error:
@@ -282,20 +285,6 @@ class Iptables:
                 failure = LockTimeout(f"{failure}; held by {self._lock.wait}")
         if failure is not None:
             raise failure
-
-    def _feed(self, process: subprocess.Popen[str], text: str) -> str:
-        """Give *text* to the process and wait for its end; return what it complained about."""
-        if self._lock is None:
-            return process.communicate(text)[1]
-        self._lock.start()
-        unsent: str | None = text
-        while True:
-            try:
-                return process.communicate(unsent, timeout=LOOK_S)[1]
-            except subprocess.TimeoutExpired:
-                # It keeps what it was given, and may not be given it again.
-                unsent = None
-                self._lock.look(process.pid)
 
     def read_chain(self, chain: ChainId) -> tuple[str, ...] | None:
         """Return the rules of one chain; None: there is no such chain.
