@@ -22,6 +22,7 @@ from prometheus_client import CollectorRegistry
 import kubeproxy_py
 from kubeproxy_py import (
     api,
+    backend_watch,
     capabilities,
     cleanup,
     config,
@@ -274,6 +275,14 @@ class Daemon:
         self._gatherer.conntrack = lambda: reconciler.last
         self._undo.append(reconciler.stop)
         rule_watcher = self._watch_rules(kernels)
+        others = backend_watch.BackendWatch(
+            next(iter(kernels.values())).backend,
+            tuple(kernels),
+            self._metrics,
+            wait=self._stop.wait,
+        )
+        self._health.add_readiness("backends", others.reason)
+        self._spawn("backend-watch", others.run)
         cidrs = options.node_port_cidrs(self._config, ips)
         if any(listed is not None for listed in cidrs.values()):
             # Node ports follow the addresses of the interfaces.
