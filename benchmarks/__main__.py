@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from benchmarks import figures, publish, report
+from benchmarks import drift, figures, publish, report
 from benchmarks import stage as stages
 from benchmarks.results import Cell, Layout, Results
 from tests.support.netns import Backend
@@ -19,6 +19,8 @@ _LAYOUTS: tuple[Layout, ...] = ("tree", "flat")
 # Small syncs take less than a second, of which a hiccup of the machine is a good part.
 _REPEAT_UP_TO = 1_000
 _REPEATS = 3
+# On a running daemon; restart, which ends it, comes last.
+_FIGURES = {"drift": drift.drift, **figures.FIGURES}
 
 
 def main(argv: Sequence[str]) -> int:
@@ -44,9 +46,9 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--layouts", type=_choice(*_LAYOUTS), default=_LAYOUTS)
     parser.add_argument(
         "--only",
-        type=_choice("sync", *figures.FIGURES),
-        default=("sync", *figures.FIGURES),
-        help=f"of sync,{','.join(figures.FIGURES)}; sync is part of every run",
+        type=_choice("sync", *_FIGURES),
+        default=("sync", *_FIGURES),
+        help=f"of sync,{','.join(_FIGURES)}; sync is part of every run",
     )
     parser.add_argument("--json", type=Path, help="write all raw samples")
     parser.add_argument("--load", type=Path, help="measure nothing: take what --json wrote")
@@ -106,7 +108,7 @@ def _measure_cell(
         cell.add(figures.initial_sync(run, started))
         say(f"{where}: sync {cell.samples['sync'][-1]:.2f} s")
         figures.wait_idle(run.proxy)
-        for name, figure in figures.FIGURES.items():
+        for name, figure in _FIGURES.items():
             if name in only:
                 cell.add(figure(run))
                 say(f"{where}: {name}")

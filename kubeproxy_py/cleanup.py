@@ -78,7 +78,7 @@ def _is_nothing_there(family: IPFamily, backend: runner.Backend, why_not: str) -
         is_clean = not any(
             chains.is_ours(*chain) for chain in backends.chain_names(family, backend)
         )
-    except (IptablesError, OSError) as error:
+    except IptablesError as error:
         is_clean, why_not = False, str(error)
     if is_clean:
         log.debug("cleanup.skipped", error=why_not)

@@ -52,7 +52,7 @@ from kubeproxy_py import (
 from kubeproxy_py import log as logging
 from kubeproxy_py.errors import ConfigError, KubeProxyError
 from kubeproxy_py.flags import Settings
-from kubeproxy_py.iptables import events, infos, lock, probe, runner
+from kubeproxy_py.iptables import backends, events, infos, lock, probe, runner
 from kubeproxy_py.model import IPFamily, Kind, Node, Problem, ServiceName
 from kubeproxy_py.pacer import Pacer
 from kubeproxy_py.ruleset import HealthCheck, Ruleset
@@ -396,6 +396,9 @@ class Daemon:
             ruleset=Ruleset(built),
             kernel=kernel,
             read_chain=kernel.read_chain if kernel.backend == "nft" else None,
+            list_chains=functools.partial(backends.chain_names, family, "nft")
+            if kernel.backend == "nft"
+            else None,
             max_batch_rules=sync.NFT_BATCH_RULES if kernel.backend == "nft" else None,
             effects=sync.Effects(
                 node_port_addresses=served,

@@ -114,6 +114,7 @@ class Syncer:
         effects: Effects,
         metrics: Metrics,
         read_chain: Callable[[ChainId], tuple[str, ...] | None] | None = None,
+        list_chains: Callable[[], set[ChainId]] | None = None,
         clock: Callable[[], float] = time.monotonic,
         wall_clock: Callable[[], float] = time.time,
     ) -> None:
@@ -126,6 +127,8 @@ class Syncer:
         self._metrics = metrics
         # Reads one chain (None: there is none), where that costs less than reading all of them.
         self._read_chain = read_chain
+        # Lists the names of all chains, likewise.
+        self._list_chains = list_chains
         self._clock = clock
         self._wall_clock = wall_clock
         # What the kernel has; None: unknown.
@@ -321,6 +324,8 @@ class Syncer:
     def _write(self, names: Collection[ServiceName] | None, started: float) -> SyncResult:
         self._asked_for |= self._ruleset.take_touched()
         asked_for = self._asked_for
+        if self._live is not None:
+            self._find_renamed(self._live)
         touched: frozenset[ChainId] | None = asked_for
         is_full = self._live is None
         if self._live is None:
@@ -370,6 +375,35 @@ class Syncer:
             repairs=repairs,
             chains_found=self._chains_found or 0 if self.programmed is None else 0,
         )
+
+    def _find_renamed(self, live: chains.Tables) -> None:
+        """Suspect the chains that are not called any more what they were, instead of their tables.
+
+        With those that lead there, whose rules follow a chain to its new name.
+        """
+        tables = {table for table, name in self._suspected if not name}
+        if not tables:
+            return
+        there = self._list_chains() if self._list_chains else None
+        found: set[ChainId] = set()
+        for table in tables if there is not None else ():
+            known = live.get(table, {})
+            names = {name for where, name in there or () if where == table}
+            lost = known.keys() - names
+            came = {name for name in names - known.keys() if chains.is_ours(table, name)}
+            led = (
+                {
+                    name
+                    for name, texts in known.items()
+                    if lost and any(f"-j {gone}" in text for text in texts for gone in lost)
+                }
+                if len(lost) <= drift.MAX_CHAINS
+                else set()
+            )
+            found |= {ChainId(table, name) for name in (*lost, *came, *led)}
+        if there is None or len(found) > drift.MAX_CHAINS:
+            self.forget_live()
+        self._suspected = frozenset(name for name in self._suspected if name.chain) | found
 
     def _read_suspected(self, live: chains.Tables) -> None:
         """Put in *live* what the suspected chains have now."""

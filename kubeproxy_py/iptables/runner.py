@@ -289,20 +289,29 @@ class Iptables:
     def read_chain(self, chain: ChainId) -> tuple[str, ...] | None:
         """Return the rules of one chain; None: there is no such chain.
 
-        On nft this takes 2 ms whatever else there is; on legacy the whole table is read for it.
+        On nft this takes 2 ms whatever else there is. On legacy the whole table is read for it, by
+        the program that takes no lock: whoever watches who takes it need not know of this.
 
         Raises:
             IptablesError: it cannot be read.
         """
-        argv = [self.programs.save.removesuffix("-save"), "-t", chain.table, "-S", chain.chain]
+        if self.backend == "legacy":
+            argv = [self.programs.save, "-t", chain.table]
+        else:
+            command = self.programs.save.removesuffix("-save")
+            argv = [command, "-t", chain.table, "-S", chain.chain]
         done = _run(argv)
         if any(words in done.stderr for words in _NO_CHAIN):
             return None
         if done.returncode:
             raise _error(argv, done.returncode, done.stderr)
+        lines = done.stdout.splitlines()
+        if self.backend == "legacy":
+            return chains.parse_save(lines).get(chain.table, {}).get(chain.chain)
         # The first line declares the chain; parse_save knows the rest.
-        text = [f"*{chain.table}", *done.stdout.splitlines(), "COMMIT"]
-        return chains.parse_save(text)[chain.table].get(chain.chain, ())
+        return chains.parse_save([f"*{chain.table}", *lines, "COMMIT"])[chain.table].get(
+            chain.chain, ()
+        )
 
 
 def search_path() -> str:

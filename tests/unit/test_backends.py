@@ -5,6 +5,7 @@ from structlog.testing import capture_logs
 
 from kubeproxy_py.backend_watch import BackendWatch
 from kubeproxy_py.dispatch import ChainId
+from kubeproxy_py.errors import IptablesError
 from kubeproxy_py.iptables import backends
 from kubeproxy_py.model import IPFamily
 
@@ -46,12 +47,12 @@ def test_chains_of_others_are_nothing():
 def test_a_backend_that_cannot_be_looked_at_is_told_and_the_other_family_is_looked_at():
     def listed(family, _backend):
         if family is V4:
-            raise OSError(5, "no")
+            raise IptablesError("no")
         return {HINT} if _backend == "legacy" else set()
 
     found = backends.survey("nft", [V4, V6], listed)
 
-    assert found.failures == ("IPv4, legacy: [Errno 5] no",)
+    assert found.failures == ("IPv4, legacy: no",)
     assert found.moved == (V6,)
 
 
