@@ -91,7 +91,8 @@ class BackendWatch:
                 )
         for family in found.moved:
             if family not in before.moved:
-                log.error(
+                # Where a person chose our backend, that is as it was meant.
+                log.warning(
                     "backend.moved",
                     ip_family=family.value,
                     kubelet=backends.other(self._backend),

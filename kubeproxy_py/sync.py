@@ -7,7 +7,7 @@ an error nothing is assumed about the kernel; it is read again before anything i
 """
 
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Final, Protocol
 
 import msgspec
@@ -391,16 +391,9 @@ class Syncer:
             names = {name for where, name in there or () if where == table}
             lost = known.keys() - names
             came = {name for name in names - known.keys() if chains.is_ours(table, name)}
-            led = (
-                {
-                    name
-                    for name, texts in known.items()
-                    if lost and any(f"-j {gone}" in text for text in texts for gone in lost)
-                }
-                if len(lost) <= drift.MAX_CHAINS
-                else set()
-            )
-            found |= {ChainId(table, name) for name in (*lost, *came, *led)}
+            found |= {ChainId(table, name) for name in lost | came}
+            if len(found) <= drift.MAX_CHAINS:
+                found |= {ChainId(table, name) for name in _leading_to(lost, known)}
         if there is None or len(found) > drift.MAX_CHAINS:
             self.forget_live()
         self._suspected = frozenset(name for name in self._suspected if name.chain) | found
@@ -548,6 +541,14 @@ class Syncer:
         self._metrics.sync_duration.labels(family).observe(seconds)
         kind = self._metrics.sync_full_duration if is_full else self._metrics.sync_partial_duration
         kind.labels(family).observe(seconds)
+
+
+def _leading_to(names: Collection[str], found: chains.Chains) -> Iterator[str]:
+    """Yield the chains of *found* with a rule that leads to one of *names*."""
+    ends = tuple(f" -j {name}" for name in names)
+    for chain, texts in found.items():
+        if ends and any(f" {text}".endswith(ends) for text in texts):
+            yield chain
 
 
 def _adopt(live: chains.Tables, desired: chains.Tables) -> None:

@@ -35,7 +35,11 @@ def table_rows(section: str) -> list[list[str]]:
         for line in text.splitlines()
         if line.startswith("|") and not line.startswith("|---")
     ]
-    return [row for row in rows if row[0] not in {"name", "event", "page", "alert", "regarding", "fault"}]
+    return [
+        row
+        for row in rows
+        if row[0] not in {"name", "event", "page", "alert", "regarding", "fault"}
+    ]
 
 
 @pytest.mark.parametrize("directory", ["kubeproxy_py", "tests/unit"])
