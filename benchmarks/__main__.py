@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from benchmarks import figures, publish, report
+from benchmarks import drift, figures, publish, report
 from benchmarks import stage as stages
 from benchmarks.results import Cell, Layout, Results
 from tests.support.netns import Backend
@@ -16,13 +16,15 @@ _SIZES = (100, 1_000, 5_000, 10_000, 30_000)
 # Around 32 and 64 entries, where --dispatch=auto changes between the layouts.
 _THRESHOLD_SIZES = (8, 16, 32, 64, 128, 256)
 _THRESHOLD_FIGURES = ("bare", "connect", "change", "create")
-_PARTS = ("sync", *figures.FIGURES, "threshold")
 # nft first: what legacy leaves behind when it is emptied are tables, which packets still pass.
 _BACKENDS: tuple[Backend, ...] = ("nft", "legacy")
 _LAYOUTS: tuple[Layout, ...] = ("tree", "flat")
 # Small syncs take less than a second, of which a hiccup of the machine is a good part.
 _REPEAT_UP_TO = 1_000
 _REPEATS = 3
+# On a running daemon; restart, which ends it, comes last.
+_FIGURES = {"drift": drift.drift, **figures.FIGURES}
+_PARTS = ("sync", *_FIGURES, "threshold")
 
 
 def main(argv: Sequence[str]) -> int:
@@ -116,7 +118,7 @@ def _measure_cell(
         cell.add(figures.initial_sync(run, started))
         say(f"{where}: sync {cell.samples['sync'][-1]:.2f} s")
         figures.wait_idle(run.proxy)
-        for name, figure in figures.FIGURES.items():
+        for name, figure in _FIGURES.items():
             if name in only:
                 cell.add(figure(run))
                 say(f"{where}: {name}")

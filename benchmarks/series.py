@@ -52,6 +52,18 @@ ROWS: Final = (
     Row("100/s: restores", "churn_restores", median, "/s"),
     Row("100/s: CPU of the daemon", "churn_cpu", median, "%"),
     Row("100/s: CPU of the programs it runs", "churn_cpu_programs", median, "%"),
+    *(
+        Row(f"{title}, until it is repaired, {name}", f"drift_{kind}", statistic, "s")
+        for kind, title in (
+            ("rule", "a rule deleted"),
+            ("foreign", "a foreign rule"),
+            ("chain", "a chain flushed"),
+            ("rename", "a chain renamed"),
+            ("jump", "a jump deleted"),
+            ("flush", "nat flushed"),
+        )
+        for name, statistic in (("p50", median), ("max", max))
+    ),
     Row("restart with nothing changed, to healthy", "restart", median, "s"),
     Row("restart with nothing changed, restores", "restart_restores", median, ""),
     Row("memory, idle after the first sync", "memory", median, "MiB"),

@@ -22,6 +22,7 @@ from prometheus_client import CollectorRegistry
 import kubeproxy_py
 from kubeproxy_py import (
     api,
+    backend_watch,
     capabilities,
     cleanup,
     config,
@@ -51,7 +52,7 @@ from kubeproxy_py import (
 from kubeproxy_py import log as logging
 from kubeproxy_py.errors import ConfigError, KubeProxyError
 from kubeproxy_py.flags import Settings
-from kubeproxy_py.iptables import events, infos, lock, probe, runner
+from kubeproxy_py.iptables import backends, events, infos, lock, probe, runner
 from kubeproxy_py.model import IPFamily, Kind, Node, Problem, ServiceName
 from kubeproxy_py.pacer import Pacer
 from kubeproxy_py.ruleset import HealthCheck, Ruleset
@@ -274,6 +275,14 @@ class Daemon:
         self._gatherer.conntrack = lambda: reconciler.last
         self._undo.append(reconciler.stop)
         rule_watcher = self._watch_rules(kernels)
+        others = backend_watch.BackendWatch(
+            next(iter(kernels.values())).backend,
+            tuple(kernels),
+            self._metrics,
+            wait=self._stop.wait,
+        )
+        self._health.add_readiness("backends", others.reason)
+        self._spawn("backend-watch", others.run)
         cidrs = options.node_port_cidrs(self._config, ips)
         if any(listed is not None for listed in cidrs.values()):
             # Node ports follow the addresses of the interfaces.
@@ -387,6 +396,9 @@ class Daemon:
             ruleset=Ruleset(built),
             kernel=kernel,
             read_chain=kernel.read_chain if kernel.backend == "nft" else None,
+            list_chains=functools.partial(backends.chain_names, family, "nft")
+            if kernel.backend == "nft"
+            else None,
             max_batch_rules=sync.NFT_BATCH_RULES if kernel.backend == "nft" else None,
             effects=sync.Effects(
                 node_port_addresses=served,

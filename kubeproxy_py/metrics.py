@@ -191,3 +191,13 @@ class Metrics:
             "Whether the kernel and iptables have what our rules need, by its name",
             ("capability", "ip_family"),
         )
+        self.other_backend_chains = gauge(
+            "iptables_other_backend_chains",
+            "Chains of kube-proxy's in the iptables backend that is not used",
+            _FAMILY,
+        )
+        self.other_backend_jumps = gauge(
+            "iptables_other_backend_jumps",
+            "Built-in chains of that backend that lead there, so that packets meet stale rules",
+            _FAMILY,
+        )

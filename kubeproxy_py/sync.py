@@ -7,7 +7,7 @@ an error nothing is assumed about the kernel; it is read again before anything i
 """
 
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Final, Protocol
 
 import msgspec
@@ -96,7 +96,6 @@ class SyncResult(msgspec.Struct, frozen=True, kw_only=True):
             seconds=other.seconds,
             repairs=(*self.repairs, *other.repairs),
             chains_found=other.chains_found,
-            chains_found=other.chains_found,
         )
 
 
@@ -134,6 +133,7 @@ class Syncer:
         effects: Effects,
         metrics: Metrics,
         read_chain: Callable[[ChainId], tuple[str, ...] | None] | None = None,
+        list_chains: Callable[[], set[ChainId]] | None = None,
         clock: Callable[[], float] = time.monotonic,
         wall_clock: Callable[[], float] = time.time,
     ) -> None:
@@ -146,6 +146,8 @@ class Syncer:
         self._metrics = metrics
         # Reads one chain (None: there is none), where that costs less than reading all of them.
         self._read_chain = read_chain
+        # Lists the names of all chains, likewise.
+        self._list_chains = list_chains
         self._clock = clock
         self._wall_clock = wall_clock
         # What the kernel has; None: unknown.
@@ -393,6 +395,8 @@ class Syncer:
     def _write(self, names: Collection[ServiceName] | None, started: float) -> SyncResult:
         self._asked_for |= self._ruleset.take_touched()
         asked_for = self._asked_for
+        if self._live is not None:
+            self._find_renamed(self._live)
         touched: frozenset[ChainId] | None = asked_for
         is_full = self._live is None
         if self._live is None:
@@ -446,6 +450,28 @@ class Syncer:
         if self._chains_found is None:
             self._chains_found = chains.count_ours(live)
         return live
+
+    def _find_renamed(self, live: chains.Tables) -> None:
+        """Suspect the chains that are not called any more what they were, instead of their tables.
+
+        With those that lead there, whose rules follow a chain to its new name.
+        """
+        tables = {table for table, name in self._suspected if not name}
+        if not tables:
+            return
+        there = self._list_chains() if self._list_chains else None
+        found: set[ChainId] = set()
+        for table in tables if there is not None else ():
+            known = live.get(table, {})
+            names = {name for where, name in there or () if where == table}
+            lost = known.keys() - names
+            came = {name for name in names - known.keys() if chains.is_ours(table, name)}
+            found |= {ChainId(table, name) for name in lost | came}
+            if len(found) <= drift.MAX_CHAINS:
+                found |= {ChainId(table, name) for name in _leading_to(lost, known)}
+        if there is None or len(found) > drift.MAX_CHAINS:
+            self.forget_live()
+        self._suspected = frozenset(name for name in self._suspected if name.chain) | found
 
     def _read_suspected(self, live: chains.Tables) -> None:
         """Put in *live* what the suspected chains have now."""
@@ -593,6 +619,14 @@ class Syncer:
         self._metrics.sync_duration.labels(family).observe(seconds)
         kind = self._metrics.sync_full_duration if is_full else self._metrics.sync_partial_duration
         kind.labels(family).observe(seconds)
+
+
+def _leading_to(names: Collection[str], found: chains.Chains) -> Iterator[str]:
+    """Yield the chains of *found* with a rule that leads to one of *names*."""
+    ends = tuple(f" -j {name}" for name in names)
+    for chain, texts in found.items():
+        if ends and any(f" {text}".endswith(ends) for text in texts):
+            yield chain
 
 
 def _adopt(live: chains.Tables, desired: chains.Tables) -> None:

@@ -35,7 +35,11 @@ def table_rows(section: str) -> list[list[str]]:
         for line in text.splitlines()
         if line.startswith("|") and not line.startswith("|---")
     ]
-    return [row for row in rows if row[0] not in {"name", "event", "page", "alert", "regarding"}]
+    return [
+        row
+        for row in rows
+        if row[0] not in {"name", "event", "page", "alert", "regarding", "fault"}
+    ]
 
 
 @pytest.mark.parametrize("directory", ["kubeproxy_py", "tests/unit"])
@@ -122,6 +126,17 @@ def test_the_documented_kubernetes_events_are_those_that_are_posted():
     }
 
     assert {row[1] for row in table_rows("Events")} == posted
+
+
+def test_every_test_that_the_table_of_faults_names_exists():
+    rows = table_rows("Faults")
+    assert len(rows) > 15
+    for fault, *_, test in rows:
+        named = re.fullmatch(r"`(\w+)::(\w+)`", test)
+        assert named, f"no test is named for: {fault}"
+        path = ROOT / "tests/packet" / f"{named[1]}.py"
+        there = {node.name for node in ast.parse(path.read_text()).body if hasattr(node, "name")}
+        assert named[2] in there, test
 
 
 def test_only_known_directories_stand_at_the_top():
