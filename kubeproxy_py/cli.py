@@ -13,8 +13,8 @@ import msgspec
 import structlog
 
 import kubeproxy_py
-from kubeproxy_py import cleanup as cleaning
 from kubeproxy_py import (
+    addresses,
     config,
     daemon,
     desired,
@@ -33,6 +33,7 @@ from kubeproxy_py import (
     sync,
     sysctls,
 )
+from kubeproxy_py import cleanup as cleaning
 from kubeproxy_py import log as logging
 from kubeproxy_py import rules as rule_names
 from kubeproxy_py.errors import BackendMissing, ConfigError, KubeProxyError
@@ -359,7 +360,12 @@ def _build(
     settings: flags.Settings, store: Store, host_facts: flags.HostFacts, family: IPFamily
 ) -> Ruleset:
     node_name = host.node_name(settings.hostname_override)
-    return desired.build(settings, store, host_facts, node_name, family)
+    ruleset = desired.build(settings, store, host_facts, node_name, family)
+    refused = [found for found in store.refusals() if addresses.family_of(found.ip) is family]
+    if refused:
+        listed = "".join(f"\n  {refusal}" for refusal in refused)
+        click.echo(f"left out, as the daemon would:{listed}", err=True)
+    return ruleset
 
 
 @cli.command(

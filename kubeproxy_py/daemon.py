@@ -28,6 +28,7 @@ from kubeproxy_py import (
     config_watch,
     conntrack,
     drift,
+    external,
     health,
     host,
     hostnet,
@@ -157,7 +158,8 @@ class Daemon:
             report=self._report,
             changed=self._nudge,
             node_changed=self._node_changed,
-            allow_external_ips=config.allows_service_external_ips(self._config),
+            policy=options.external_policy(self._config, self._settings.external_ips_allow),
+            refused=self._report_refused,
         )
         self._gatherer.backend = backend
         self._gatherer.node = lambda: self._store.node
@@ -565,6 +567,27 @@ class Daemon:
             name=problem.name[:_MAX_NAME],
             field=problem.field,
             message=problem.message,
+        )
+
+    def _report_refused(self, refusal: external.Refusal) -> None:
+        self._metrics.external_ips_refused.labels(refusal.reason).inc()
+        log.warning(
+            "service.address_refused",
+            namespace=refusal.service.namespace,
+            name=refusal.service.name,
+            field=refusal.field,
+            address=refusal.ip,
+            port=refusal.port or None,
+            reason=refusal.reason,
+            message=refusal.message,
+        )
+        self._recorder.service_event(
+            refusal.service.namespace,
+            refusal.service.name,
+            event_type="Warning",
+            reason="AddressRefused",
+            action="Sync",
+            note=f"node {self._node_name} does not serve this Service's address: {refusal.where}",
         )
 
     def _report_news(self, family: IPFamily, news: sync.SyncResult | drift.Contest) -> None:
