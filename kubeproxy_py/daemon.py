@@ -11,7 +11,7 @@ import queue
 import signal
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Final
@@ -33,6 +33,8 @@ from kubeproxy_py import (
     host,
     hostnet,
     httpserver,
+    listeners,
+    lookout,
     manifests,
     metrics,
     nfacct,
@@ -291,6 +293,7 @@ class Daemon:
                 self._program, family, kernel.programs, ips, reconciler, rule_watcher
             )
             self._spawn(f"sync-{family.value}", program)
+        self._start_lookout(ips, tuple(kernels))
         if not self._settings.manifests:
             self._spawn_watcher("Service")
             self._spawn_watcher("EndpointSlice")
@@ -431,6 +434,35 @@ class Daemon:
             ),
         )
         return loop
+
+    def _start_lookout(self, ips: options.NodeIPs, families: Sequence[IPFamily]) -> None:
+        cidrs = options.node_port_cidrs(self._config, ips)
+
+        def ways(family: IPFamily) -> lookout.Family:
+            on_loopback = family is IPFamily.V4 and options.has_localhost_node_ports(
+                self._config, cidrs
+            )
+
+            def reach() -> listeners.Reach:
+                local = host.addresses_of(family)
+                served = options.served_addresses(cidrs[family], local, allows_loopback=on_loopback)
+                return listeners.Reach(served, on_loopback)
+
+            return lookout.Family(
+                lambda: self._store.service_ports(family),
+                reach,
+            )
+
+        found = lookout.Lookout(
+            {family: ways(family) for family in families},
+            is_ready=lambda: self._store.is_synced,
+            metrics=self._metrics,
+            tell=self._report_notice,
+            node_ips=lambda: self._node_ips,
+            api=external.api_address(self._connection.server) if self._connection else None,
+        )
+        self._undo.append(found.stop)
+        self._spawn("lookout", found.run)
 
     def _watch_rules(
         self, kernels: Mapping[IPFamily, runner.Iptables]
@@ -588,6 +620,24 @@ class Daemon:
             reason="AddressRefused",
             action="Sync",
             note=f"node {self._node_name} does not serve this Service's address: {refusal.where}",
+        )
+
+    def _report_notice(self, notice: lookout.Notice) -> None:
+        service, reason, text = notice
+        log.warning(
+            "service.doubtful",
+            namespace=service.namespace,
+            name=service.name,
+            reason=reason,
+            message=text,
+        )
+        self._recorder.service_event(
+            service.namespace,
+            service.name,
+            event_type="Warning",
+            reason=reason,
+            action="Look",
+            note=f"node {self._node_name}: {text}",
         )
 
     def _report_news(self, family: IPFamily, news: sync.SyncResult | drift.Contest) -> None:

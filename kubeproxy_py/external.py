@@ -23,7 +23,7 @@ API_SERVICE: Final = ServiceName("default", "kubernetes")
 #: Why an address is refused: the feature gate AllowServiceExternalIPs is off, it is outside of the
 #: allowed CIDRs, it is another Service's cluster IP, or it is where an API server listens.
 Reason = Literal["disabled", "not_allowed", "cluster_ip", "api_server"]
-#: Why an address that is served is worth a look: it is one of this host, or the one by which the API
+#: Why an address that is served is worth a look: it is one of the Node's own, or the one by which the API
 #: server is reached. Both are practice somewhere: ServiceLB and MetalLB on a single node hand out the
 #: node's own IP, and a control plane may stand behind a Service of the cluster.
 Doubt = Literal["node_address", "api_address"]
@@ -189,20 +189,20 @@ def exposed(ports: Ports) -> Iterator[tuple[Field, str]]:
 def shadows(
     services: Mapping[ServiceName, Ports],
     *,
-    node_addresses: frozenset[str],
+    node_ips: frozenset[str],
     api: Iterable[ApiAddress],
 ) -> Iterator[Shadow]:
-    """Yield what Services take of this host's addresses and of the API server's way in.
+    """Yield what Services take of the Node's own addresses and of the API server's way in.
 
     Args:
         services: as they were admitted or not; what is refused is no shadow, so callers leave it out.
-        node_addresses: of this host's interfaces.
+        node_ips: the Node's own. Not the interfaces': a load balancer's VIP may stand on one.
         api: where this program reaches the API server, if that is an address.
     """
     ways_in = frozenset(api)
     for name, ports in services.items():
         for field, ip in exposed(ports):
-            if ip in node_addresses:
+            if ip in node_ips:
                 yield Shadow(name, field, ip, 0, "node_address")
             if name == API_SERVICE:
                 continue

@@ -167,6 +167,9 @@ class Metrics:
             "Services with an external IP or load balancer VIP that is refused, or served with doubt",
             ("ip_family", "reason"),
         )
+        self.node_port_collisions = gauge(
+            "node_port_collisions", "Node ports on which a local process listens, and gets nothing"
+        )
         self.conntrack_failures = counter(
             "conntrack_reconciler_failures_total",
             "Reconciliations of conntrack entries that ended with an error",

@@ -1,11 +1,14 @@
 """Refused external addresses on a real kernel: the hijack does not work, and the rest does."""
 
 import json
+import os
+import socket
 
 import pytest
 
+from tests.support.addresses import V4
 from tests.support.api_server import ApiServer
-from tests.support.builders import make_node, make_service, make_slice
+from tests.support.builders import make_node, make_port, make_service, make_slice
 from tests.support.proxy import running
 from tests.support.traffic import connect
 
@@ -88,3 +91,28 @@ def test_a_refusal_is_an_event_on_the_service(clean_lab, tmp_path):
         "node node1 does not serve this Service's address: "
         "spec.externalIPs: 198.51.100.1 is outside of --external-ips-allow"
     )
+
+
+def test_a_taken_node_port_and_a_shadowed_address_are_told(clean_lab, tmp_path):
+    """Both are served: what is told is for the people who wonder where their connections went."""
+    with clean_lab.node.entered():
+        server = ApiServer()
+        taken = socket.create_server(("0.0.0.0", 30080))
+    with server, taken:
+        server.apply(make_node())
+        ports = [make_port(80, nodePort=30080)]
+        server.apply(make_service("web", type="NodePort", ports=ports, externalIPs=[V4.node]))
+        server.apply(make_slice("web"))
+        kubeconfig = server.kubeconfig(tmp_path / "kubeconfig")
+        with running(clean_lab, "nft", tmp_path / "log", f"--kubeconfig={kubeconfig}") as proxy:
+            proxy.wait(lambda: len(proxy.events("service.doubtful")) == 2, 30)
+            server.wait_for(lambda: len(server.objects("Event")) == 3, 20)
+            assert proxy.metric("kubeproxy_node_port_collisions") == 1
+            shadowing = {"reason": "node_address", "ip_family": "IPv4"}
+            assert proxy.metric("kubeproxy_shadowing_services", **shadowing) == 1
+            served = proxy.live()["nat"]["KUBE-SERVICES"]
+        events = {event["reason"]: event["note"] for event in server.objects("Event")}
+
+    assert any(f"-d {V4.node}/32" in rule and "external IP" in rule for rule in served)
+    assert f"python (pid {os.getpid()}) listens on 0.0.0.0" in events["NodePortTaken"]
+    assert V4.node in events["AddressShadowed"]

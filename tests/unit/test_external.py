@@ -228,12 +228,12 @@ def test_service_without_ports_exposes_nothing():
 # Shadows -----------------------------------------------------------------------------------------
 
 
-def test_an_address_of_this_host_is_a_shadow():
+def test_an_address_of_the_node_is_a_shadow():
     web = ports(WEB, "172.30.0.1", ("192.0.2.1",), ("192.168.0.2",))
 
-    assert list(
-        external.shadows({WEB: web}, node_addresses=frozenset({"192.168.0.2"}), api=())
-    ) == [Shadow(WEB, VIP, "192.168.0.2", 0, "node_address")]
+    assert list(external.shadows({WEB: web}, node_ips=frozenset({"192.168.0.2"}), api=())) == [
+        Shadow(WEB, VIP, "192.168.0.2", 0, "node_address")
+    ]
 
 
 def test_the_way_to_the_api_server_is_a_shadow_by_port():
@@ -243,7 +243,7 @@ def test_the_way_to_the_api_server_is_a_shadow_by_port():
     api = ports(external.API_SERVICE, "172.30.0.9", ("192.0.2.1",), (), ((TCP, 6443),))
     found = external.shadows(
         {WEB: web, external.API_SERVICE: api},
-        node_addresses=frozenset(),
+        node_ips=frozenset(),
         api=[ApiAddress("192.0.2.1", 6443)],
     )
 
