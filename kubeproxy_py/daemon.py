@@ -33,12 +33,12 @@ from kubeproxy_py import (
     host,
     hostnet,
     httpserver,
-    listeners,
     lookout,
     manifests,
     metrics,
     nfacct,
     node_events,
+    node_ports,
     notify,
     options,
     pages,
@@ -443,10 +443,10 @@ class Daemon:
                 self._config, cidrs
             )
 
-            def reach() -> listeners.Reach:
+            def reach() -> node_ports.Reach:
                 local = host.addresses_of(family)
                 served = options.served_addresses(cidrs[family], local, allows_loopback=on_loopback)
-                return listeners.Reach(served, on_loopback)
+                return node_ports.Reach(served, on_loopback)
 
             return lookout.Family(
                 lambda: self._store.service_ports(family),

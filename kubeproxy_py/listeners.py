@@ -1,29 +1,19 @@
 """
-Who listens on this host, and which node ports take the traffic of a local process.
+Who listens on this host.
 
-A node port is a rule, not a socket: the kernel rewrites the packet before it looks for who listens.
-Whoever listens on that port of this host gets nothing any more, without an error anywhere. Asked of
-the kernel's socket diagnosis (sock_diag(7)), which lists listeners alone; /proc/net/tcp would list
-every connection of the host.
+Asked of the kernel's socket diagnosis (sock_diag(7)), which lists listeners alone; /proc/net/tcp would
+list every connection of the host.
 """
 
 import socket
 import struct
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Final, NamedTuple
 
-import msgspec
-
 from kubeproxy_py import addresses, netlink
-from kubeproxy_py.model import (
-    IPFamily,
-    PortKey,
-    Protocol,
-    ServiceName,
-    ServicePort,
-    ServicePortName,
-)
+from kubeproxy_py.model import IPFamily, Protocol
+from kubeproxy_py.node_ports import Listener
 
 _NETLINK_SOCK_DIAG: Final = 4
 _SOCK_DIAG_BY_FAMILY: Final = 20
@@ -45,24 +35,7 @@ _KINDS: Final[tuple[tuple[Protocol, int, int], ...]] = (
     ("tcp", socket.IPPROTO_TCP, 1 << 10),
     ("udp", socket.IPPROTO_UDP, 1 << 7),
 )
-_WILDCARDS: Final = frozenset({"0.0.0.0", "::"})  # noqa: S104 - compared with, not bound to
-
-Ports = Mapping[PortKey, ServicePort]
 Opener = Callable[[], netlink.NetlinkSocket]
-
-
-class Listener(NamedTuple):
-    """A socket that takes what comes to a port."""
-
-    protocol: Protocol
-    family: IPFamily
-    address: str
-    port: int
-    inode: int
-    is_dual: bool = False  # an IPv6 wildcard that takes IPv4 as well
-
-    def takes(self, family: IPFamily) -> bool:
-        return family is self.family or self.is_dual
 
 
 class Owner(NamedTuple):
@@ -70,29 +43,6 @@ class Owner(NamedTuple):
 
     pid: int
     name: str
-
-
-class Collision(msgspec.Struct, frozen=True, order=True):
-    """A node port on which a local process listens, in vain."""
-
-    port: ServicePortName
-    node_port: int
-    address: str
-    inode: int
-
-
-class Reach(NamedTuple):
-    """On which of this host's addresses node ports of one family are served."""
-
-    addresses: tuple[str, ...] | None  # None: on all but loopback
-    loopback: bool  # with None: on loopback as well
-
-    def hits(self, address: str) -> bool:
-        if address in _WILDCARDS:
-            return True
-        if self.addresses is not None:
-            return address in self.addresses
-        return self.loopback or not addresses.is_loopback(address)
 
 
 def connect() -> netlink.NetlinkSocket:
@@ -133,24 +83,6 @@ def _parse(family: IPFamily, protocol: Protocol, payload: memoryview) -> Listene
         _INODE.unpack_from(payload, _INODE_AT)[0],
         is_dual=address == "::" and not is_v6_only,
     )
-
-
-def collisions(
-    services: Mapping[ServiceName, Ports],
-    listeners: Iterable[Listener],
-    family: IPFamily,
-    reach: Reach,
-) -> Iterator[Collision]:
-    """Yield the node ports of one family that take what a local process waits for."""
-    by_port: dict[tuple[Protocol, int], list[Listener]] = {}
-    for listener in listeners:
-        if listener.takes(family) and reach.hits(listener.address):
-            by_port.setdefault((listener.protocol, listener.port), []).append(listener)
-    for ports in services.values():
-        for port in ports.values():
-            # Several processes may share a port; one of them tells what it is about.
-            for listener in by_port.get((port.name.protocol, port.node_port), ())[:1]:
-                yield Collision(port.name, port.node_port, listener.address, listener.inode)
 
 
 def owners(inodes: Collection[int], root: Path = Path("/")) -> dict[int, Owner]:

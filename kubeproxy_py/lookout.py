@@ -11,7 +11,7 @@ from typing import Final, NamedTuple, get_args
 
 import structlog
 
-from kubeproxy_py import external, listeners
+from kubeproxy_py import external, listeners, node_ports
 from kubeproxy_py.metrics import Metrics
 from kubeproxy_py.model import IPFamily, PortKey, ServiceName, ServicePort
 
@@ -32,7 +32,7 @@ class Family(NamedTuple):
     """What is asked of one family, each time anew."""
 
     services: Callable[[], Mapping[ServiceName, Mapping[PortKey, ServicePort]]]
-    reach: Callable[[], listeners.Reach]
+    reach: Callable[[], node_ports.Reach]
 
 
 class Notice(NamedTuple):
@@ -55,7 +55,7 @@ class Lookout:
         tell: Callable[[Notice], None],
         node_ips: Callable[[], Collection[str]] = tuple,
         api: external.ApiAddress | None = None,
-        listening: Callable[[], Sequence[listeners.Listener]] = listeners.listening,
+        listening: Callable[[], Sequence[node_ports.Listener]] = listeners.listening,
         start_s: float = _START_S,
         period_s: float = PERIOD_S,
     ) -> None:
@@ -130,7 +130,7 @@ class Lookout:
             # One node port may be taken in both families; it is one thing to mend.
             (collision.port, collision.node_port): collision
             for family, ways in self._families.items()
-            for collision in listeners.collisions(ways.services(), listening, family, ways.reach())
+            for collision in node_ports.collisions(ways.services(), listening, family, ways.reach())
         }
         self._metrics.node_port_collisions.set(len(found))
         names = listeners.owners({collision.inode for collision in found.values()})
@@ -144,7 +144,7 @@ class Lookout:
         ]
 
 
-def _taken(collision: listeners.Collision, owner: listeners.Owner | None) -> str:
+def _taken(collision: node_ports.Collision, owner: listeners.Owner | None) -> str:
     who = f"{owner.name} (pid {owner.pid})" if owner else "a process"
     protocol = collision.port.protocol.upper()
     return (

@@ -7,9 +7,10 @@ import structlog
 
 from kubeproxy_py import lookout
 from kubeproxy_py.external import ApiAddress
-from kubeproxy_py.listeners import Collision, Listener, Owner, Reach
+from kubeproxy_py.listeners import Owner
 from kubeproxy_py.lookout import Notice
 from kubeproxy_py.model import IPFamily, PortKey, ServiceName, ServicePort, ServicePortName
+from kubeproxy_py.node_ports import Collision, Listener, Reach
 
 V4, V6 = IPFamily.V4, IPFamily.V6
 TCP = PortKey("", "tcp")
