@@ -623,21 +623,20 @@ class Daemon:
         )
 
     def _report_notice(self, notice: lookout.Notice) -> None:
-        service, reason, text = notice
         log.warning(
             "service.doubtful",
-            namespace=service.namespace,
-            name=service.name,
-            reason=reason,
-            message=text,
+            namespace=notice.service.namespace,
+            name=notice.service.name,
+            reason=notice.reason,
+            message=notice.note,
         )
         self._recorder.service_event(
-            service.namespace,
-            service.name,
-            event_type="Warning",
-            reason=reason,
-            action="Look",
-            note=f"node {self._node_name}: {text}",
+            notice.service.namespace,
+            notice.service.name,
+            event_type=notice.event_type,
+            reason=notice.reason,
+            action=notice.action,
+            note=f"node {self._node_name}: {notice.note}",
         )
 
     def _report_news(self, family: IPFamily, news: sync.SyncResult | drift.Contest) -> None:

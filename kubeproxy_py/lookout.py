@@ -7,7 +7,7 @@ goes wrong with a look, the daemon goes on without it.
 
 import threading
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Final, NamedTuple, get_args
+from typing import Final, Literal, NamedTuple, get_args
 
 import structlog
 
@@ -36,11 +36,16 @@ class Family(NamedTuple):
 
 
 class Notice(NamedTuple):
-    """Something to tell the owner of a Service."""
+    """An Event about a Service, but for when and where.
+
+    The same thing again must give the same words, so there are no process ids in them.
+    """
 
     service: ServiceName
-    reason: str  # an Event's: AddressShadowed or NodePortTaken
-    text: str
+    event_type: Literal["Warning"]
+    reason: str
+    action: str
+    note: str
 
 
 class Lookout:
@@ -121,7 +126,15 @@ class Lookout:
                 gauge.set(len(services))
             for shadow in found:
                 text = f"{shadow.field}: {shadow.ip} {_SHADOWS[shadow.doubt]}"
-                notices.append(Notice(shadow.service, "AddressShadowed", text))
+                notices.append(
+                    Notice(
+                        service=shadow.service,
+                        event_type="Warning",
+                        reason="AddressShadowed",
+                        action="Look",
+                        note=text,
+                    )
+                )
         return notices
 
     def _collisions(self) -> list[Notice]:
@@ -136,16 +149,18 @@ class Lookout:
         names = listeners.owners({collision.inode for collision in found.values()})
         return [
             Notice(
-                ServiceName(port.namespace, port.name),
-                "NodePortTaken",
-                _taken(collision, names.get(collision.inode)),
+                service=ServiceName(port.namespace, port.name),
+                event_type="Warning",
+                reason="NodePortTaken",
+                action="Look",
+                note=_taken(collision, names.get(collision.inode)),
             )
             for (port, _), collision in found.items()
         ]
 
 
 def _taken(collision: node_ports.Collision, owner: listeners.Owner | None) -> str:
-    who = f"{owner.name} (pid {owner.pid})" if owner else "a process"
+    who = owner.name if owner else "a process"
     protocol = collision.port.protocol.upper()
     return (
         f"node port {collision.node_port}/{protocol} takes the connections for which {who} listens "

@@ -85,9 +85,11 @@ def test_a_taken_node_port_is_told_once_and_again_after_it_was_free(world):
     # One notice, though both families are concerned.
     assert world.look() == [
         Notice(
-            WEB,
-            "NodePortTaken",
-            "node port 30080/TCP takes the connections for which a process listens on ::",
+            service=WEB,
+            event_type="Warning",
+            reason="NodePortTaken",
+            action="Look",
+            note="node port 30080/TCP takes the connections for which a process listens on ::",
         )
     ]
     assert world.value("node_port_collisions") == 1
@@ -103,7 +105,7 @@ def test_a_taken_node_port_is_told_once_and_again_after_it_was_free(world):
 def test_addresses_that_shadow_are_told_and_counted_by_kind(world):
     world.services = exposed(external_ips=("192.168.0.2",), lb_vips=("192.0.2.1",))
 
-    assert [(notice.reason, notice.text.split(" is ")[0]) for notice in world.look()] == [
+    assert [(notice.reason, notice.note.split(" is ")[0]) for notice in world.look()] == [
         ("AddressShadowed", "spec.externalIPs: 192.168.0.2"),
         ("AddressShadowed", "status.loadBalancer.ingress: 192.0.2.1"),
     ]
@@ -128,7 +130,7 @@ def test_a_kernel_that_does_not_tell_is_logged_and_asked_again(world):
 def test_the_owner_is_named_if_it_is_known():
     collision = Collision(PORT.name, 30080, "0.0.0.0", 7)
 
-    assert "for which nginx (pid 9) listens" in lookout._taken(collision, Owner(9, "nginx"))
+    assert "for which nginx listens" in lookout._taken(collision, Owner(9, "nginx"))
 
 
 def test_it_looks_once_there_is_something_to_look_at_and_ends_when_told(metrics):

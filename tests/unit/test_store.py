@@ -23,6 +23,7 @@ class World:
         self.nudged = []
         self.nodes = []
         self.refused = []
+        self.known = {}
         self.metrics = metrics
         self.store = Store(
             node_name="node1",
@@ -449,7 +450,8 @@ def refused_reasons(world):
 
 
 def external_ips(world, name="svc1"):
-    state = world.store.take(V4, everything=True).services[ServiceName("default", name)]
+    world.known |= world.store.take(V4).services
+    state = world.known[ServiceName("default", name)]
     return [ip for port in state.ports.values() for ip in port.external_ips]
 
 
