@@ -54,7 +54,7 @@ class Files:
     def path(self, name: str) -> Path:
         """Return where the file is; below the last root if it is nowhere."""
         paths = [root / name for root in self._roots]
-        return next((path for path in paths if path.exists()), paths[-1])
+        return next((path for path in paths if os.access(path, os.F_OK)), paths[-1])
 
     def read(self, name: str) -> str | None:
         """Return the text without blanks around it; None if it cannot be read."""
@@ -94,6 +94,7 @@ def collect(
     names = [name for _, name in socket.if_nameindex()]
     programs = tuple(_programs())
     chosen, reason, failure = _backend(backend)
+    is_blind = capabilities is not None and "NET_ADMIN" not in capabilities
     survey = _other_backend(chosen)
     unseen.said += (f"other backend: {text}" for text in survey.failures)
     wanted = _wanted_sysctls(config)
@@ -103,8 +104,8 @@ def collect(
         if (text := files.read(f"proc/sys/{name}")) is not None
     }
     listening = unseen.attempt("listeners", listeners.listening, list[Listener]())
-    if capabilities is not None and "NET_ADMIN" not in capabilities:
-        unseen.said.append("rules, and sockets and names of others' processes: no CAP_NET_ADMIN")
+    if is_blind:
+        unseen.said.append("rules, and others' processes and sockets: no CAP_NET_ADMIN")
     addresses = unseen.attempt("addresses", _addresses, frozenset[str]())
     buckets = values.get("net/netfilter/nf_conntrack_buckets", "0")
     return HostFacts(
@@ -115,7 +116,7 @@ def collect(
         has_ipv6=hostnet.has_ipv6(),
         programs=programs,
         backend=chosen,
-        backend_reason=reason,
+        backend_reason=f"{reason}, as far as can be seen" if is_blind else reason,
         backend_failure=failure,
         leftovers=tuple(
             Leftover(found.backend, found.family, found.count, is_reached=bool(found.jumps))
@@ -172,7 +173,7 @@ def _capabilities(files: Files) -> frozenset[str] | None:
 
 
 def _lock_failure(path: Path) -> str:
-    if path.exists():
+    if os.access(path, os.F_OK):
         return "" if os.access(path, os.R_OK | os.W_OK) else "cannot be opened for writing"
     is_possible = os.access(path.parent, os.W_OK)
     return "" if is_possible else f"is not there, and {path.parent} is not writable"
@@ -236,14 +237,10 @@ def _nft_tables() -> frozenset[str]:
 def _processes(files: Files) -> Iterator[Process]:
     """Yield proxies and firewalls of this network namespace, as far as they can be seen."""
     own = _namespace(Path("/proc/self"))
+    # Of another network namespace it is none of ours, and without rights that cannot be told.
     for directory in sorted(files.path("proc").glob("[0-9]*")):
         role = _role(directory)
-        # Of another namespace it is none of ours; of one that may not be seen it may be.
-        if (
-            role is not None
-            and _namespace(directory) in {own, ""}
-            and int(directory.name) != os.getpid()
-        ):
+        if role is not None and _namespace(directory) == own and int(directory.name) != os.getpid():
             yield Process(role, int(directory.name))
 
 

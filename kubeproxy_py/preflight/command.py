@@ -31,7 +31,8 @@ def check(flag_values: flags.FlagValues, files: collect.Files | None = None) -> 
     )
     pod_cidrs = objects.node.pod_cidrs if objects and objects.node else ()
     found += host_judge.judge(facts, usable.config, ips)
-    if settings is not None:
+    if settings is not None and objects is not None:
+        # They depend on the Node's IPs.
         families = tuple(
             family
             for family in IPFamily
@@ -75,10 +76,13 @@ def _cluster(
         note(Finding("unchecked", "info", text))
         return None, None
     api = ask.ask(settings)
-    lacks_lists = any(
-        what.startswith("list ") and not is_allowed for what, is_allowed in api.permissions.items()
+    # Lists are read as `run` reads them, for which both verbs are needed.
+    may_read = all(
+        is_allowed
+        for what, is_allowed in api.permissions.items()
+        if what.startswith(("list ", "watch "))
     )
-    if api.config_failure or api.failure or lacks_lists:
+    if api.config_failure or api.failure or not may_read:
         note(Finding("unchecked", "info", "Services, Node and addresses: no objects can be read"))
         return api, None
     failures: list[str] = []
