@@ -97,11 +97,15 @@ class Exposure:
         before, after = _cluster_ip(old), _cluster_ip(new)
         affected: set[ServiceName] = set()
         if before != after:
-            for ip in filter(None, (before, after)):
+            left, taken = (frozenset(filter(None, (ip,))) for ip in (before, after))
+            for ip in left | taken:
                 affected.update(self._claims.get(ip, ()))
-            _move(self._cluster_ips, name, {before} - {""}, {after} - {""})
-        _move(self._claims, name, _claimed(old), _claimed(new))
-        return affected - {name}
+            _move(self._cluster_ips, name, left, taken)
+        claimed, claims = _claimed(old), _claimed(new)
+        if claimed != claims:
+            _move(self._claims, name, claimed, claims)
+        affected.discard(name)
+        return affected
 
     def replace_api(self, found: frozenset[ApiAddress]) -> set[ServiceName]:
         """Let *found* be where API servers listen; return who must be judged anew for it."""
@@ -115,7 +119,8 @@ class Exposure:
         self, name: ServiceName, ports: dict[PortKey, ServicePort]
     ) -> dict[PortKey, ServicePort]:
         """Return *ports* without the addresses that are refused, and remember these."""
-        refusals = tuple(self._judge(name, ports))
+        # Nearly all Services expose nothing.
+        refusals = tuple(self._judge(name, ports)) if _claimed(ports) else ()
         known = self.refusals.get(name, ())
         if refusals != known:
             self._news += (refusal for refusal in refusals if refusal not in known)
@@ -224,12 +229,19 @@ def api_address(url: str) -> ApiAddress | None:
     return ApiAddress(ip, port or (80 if parts.scheme == "http" else 443))
 
 
+# All ports of a Service share its addresses, so the first one tells.
+
+
 def _cluster_ip(ports: Ports | None) -> str:
-    return next((port.cluster_ip for port in (ports or {}).values()), "")
+    for port in ports.values() if ports else ():
+        return port.cluster_ip
+    return ""
 
 
-def _claimed(ports: Ports | None) -> set[str]:
-    return {ip for _, ip in exposed(ports or {})}
+def _claimed(ports: Ports | None) -> frozenset[str]:
+    for port in ports.values() if ports else ():
+        return frozenset(port.external_ips + port.lb_vips)
+    return frozenset()
 
 
 def _tcp_ports(ports: Ports) -> Iterator[int]:
@@ -239,7 +251,10 @@ def _tcp_ports(ports: Ports) -> Iterator[int]:
 
 
 def _move(
-    index: dict[str, tuple[ServiceName, ...]], name: ServiceName, old: set[str], new: set[str]
+    index: dict[str, tuple[ServiceName, ...]],
+    name: ServiceName,
+    old: frozenset[str],
+    new: frozenset[str],
 ) -> None:
     """Take *name* out of the *old* entries of *index* and put it in the *new* ones."""
     for ip in old - new:

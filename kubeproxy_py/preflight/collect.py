@@ -136,7 +136,7 @@ def collect(
         sysctls=values,
         wanted_sysctls=wanted,
         read_only_sysctls=frozenset(
-            name for name in wanted if not os.access(files.path(f"proc/sys/{name}"), os.W_OK)
+            name for name in values if not os.access(files.path(f"proc/sys/{name}"), os.W_OK)
         ),
         conntrack_buckets=int(buckets) if buckets.isdigit() else 0,
         conntrack_stats=_conntrack_stats(files.read("proc/self/net/stat/nf_conntrack") or ""),

@@ -73,7 +73,7 @@ class HostFacts(msgspec.Struct, frozen=True, kw_only=True):
     sysctls: Mapping[str, str] = {}
     #: What `run` sees to at its start, by path below /proc/sys.
     wanted_sysctls: Mapping[str, int] = {}
-    #: Those of them that this process cannot write.
+    #: Those of ``sysctls`` that this process cannot write.
     read_only_sysctls: frozenset[str] = frozenset()
     #: nf_conntrack's hash buckets; 0: unknown.
     conntrack_buckets: int = 0

@@ -126,7 +126,7 @@ TOPICS: Final[dict[str, Topic]] = {
     ),
     "route-localnet": Topic(
         "Node ports on 127.0.0.1 need it; otherwise it only opens loopback to neighbours (CVE-2020-8558).",
-        "Switch it off where node ports on localhost are not wanted.",
+        "Switch it off where node ports on localhost are not wanted: `--iptables-localhost-nodeports=false`.",
     ),
     "conntrack": Topic(
         "NAT is impossible without connection tracking.",

@@ -127,8 +127,8 @@ def _other_rules(facts: HostFacts) -> Iterator[Finding]:
         yield Finding(
             "other-backend",
             "warning" if leftover.is_reached else "info",
-            f"{leftover.chains} chains of kube-proxy's in {leftover.backend} {leftover.family.value} "
-            f"tables, while {facts.backend} is used; {reached}",
+            f"rules of kube-proxy's in {leftover.backend} {leftover.family.value} tables (chains: "
+            f"{leftover.chains}), while {facts.backend} is used; {reached}",
             f"kubeproxy-py cleanup --backend {leftover.backend}",
         )
     if facts.backend and not facts.leftovers:
@@ -279,10 +279,12 @@ def _route_localnet(
         return
     is_needed = options.has_localhost_node_ports(config, options.node_port_cidrs(config, ips))
     name = _dotted(_ROUTE_LOCALNET)
-    if value == "0" and is_needed:
-        yield Finding(
-            "route-localnet", "info", f"{name} is 0; `run` sets it, for node ports on 127.0.0.1"
-        )
+    if value == "0" and is_needed and _ROUTE_LOCALNET in facts.read_only_sysctls:
+        found = f"{name} is 0 and read-only, and `run` ends if it cannot set it"
+        yield Finding("route-localnet", "error" if _is_root(facts) else "warning", found)
+    elif value == "0" and is_needed:
+        found = f"{name} is 0; `run` sets it, for node ports on 127.0.0.1"
+        yield Finding("route-localnet", "info", found)
     elif value != "0" and not is_needed:
         command = f"sysctl -w {name}=0"
         yield Finding(

@@ -265,6 +265,10 @@ def test_an_api_server_s_url_tells_its_address_if_it_has_one(url, address):
     assert external.api_address(url) == address
 
 
+def test_a_service_without_ports_shadows_nothing():
+    assert list(external.shadows({WEB: {}}, node_ips=frozenset({"192.168.0.2"}), api=())) == []
+
+
 # The promise -------------------------------------------------------------------------------------
 
 _SERVICES = ("one", "two", "three", "kubernetes")

@@ -183,6 +183,13 @@ def test_route_localnet_is_too_much_where_localhost_node_ports_are_off():
     assert judged(settings=settings, sysctls={LOCALNET: "0"}) == []
 
 
+def test_route_localnet_that_cannot_be_set_keeps_run_from_starting():
+    stuck = {"sysctls": {LOCALNET: "0"}, "read_only_sysctls": frozenset({LOCALNET})}
+
+    assert brief(judged(**stuck)) == [("route-localnet", "error")]
+    assert brief(judged(capabilities=None, **stuck)) == [("route-localnet", "warning")]
+
+
 @pytest.mark.parametrize(
     ("capabilities", "severity"),
     [(frozenset({"NET_ADMIN", "NET_RAW"}), "error"), (frozenset({"NET_RAW"}), "warning"), (None, "warning")],
