@@ -165,6 +165,7 @@ class Daemon:
         )
         self._gatherer.backend = backend
         self._gatherer.node = lambda: self._store.node
+        self._gatherer.refused_addresses = lambda: [*map(str, self._store.refusals())]
         self._start_sources_of_nodes()
         if not self._settings.init_only:
             cleanup.remove_nft_mode_tables()
@@ -461,6 +462,7 @@ class Daemon:
             node_ips=lambda: self._node_ips,
             api=external.api_address(self._connection.server) if self._connection else None,
         )
+        self._gatherer.doubts = lambda: [*map(str, found.notices)]
         self._undo.append(found.stop)
         self._spawn("lookout", found.run)
 

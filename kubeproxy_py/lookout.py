@@ -47,6 +47,9 @@ class Notice(NamedTuple):
     action: str
     note: str
 
+    def __str__(self) -> str:
+        return f"Service '{self.service}': {self.note}"
+
 
 class Lookout:
     """Looks every *period_s*, from a thread of its own, once there is something to look at."""
@@ -87,7 +90,8 @@ class Lookout:
         self._start_s = start_s
         self._period_s = period_s
         self._stopped = threading.Event()
-        self._known: frozenset[Notice] = frozenset()
+        #: What the last look found, sorted. Replaced as a whole: other threads read it.
+        self.notices: tuple[Notice, ...] = ()
 
     def run(self) -> None:
         """Look until stopped."""
@@ -103,14 +107,15 @@ class Lookout:
     def look(self) -> None:
         """Look once. Never raises what a host may cause."""
         try:
-            found = frozenset(self._shadows()) | frozenset(self._collisions())
+            found = tuple(sorted({*self._shadows(), *self._collisions()}))
         except OSError as error:
             # Told again at the next look, a minute later; nothing depends on it.
             log.warning("lookout.failed", error=str(error))
             return
-        for notice in sorted(found - self._known):
-            self._tell(notice)
-        self._known = found
+        for notice in found:
+            if notice not in self.notices:
+                self._tell(notice)
+        self.notices = found
 
     def _shadows(self) -> list[Notice]:
         notices = []

@@ -93,6 +93,8 @@ def test_a_taken_node_port_is_told_once_and_again_after_it_was_free(world):
         )
     ]
     assert world.value("node_port_collisions") == 1
+    (notice,) = world.lookout.notices
+    assert str(notice).startswith("Service 'default/web': node port 30080/TCP takes ")
     assert world.look() == []
 
     world.listeners = []
