@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import os
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,8 +14,8 @@ import msgspec
 import structlog
 
 import kubeproxy_py
-from kubeproxy_py import cleanup as cleaning
 from kubeproxy_py import (
+    addresses,
     config,
     daemon,
     desired,
@@ -33,11 +34,15 @@ from kubeproxy_py import (
     sync,
     sysctls,
 )
+from kubeproxy_py import cleanup as cleaning
 from kubeproxy_py import log as logging
 from kubeproxy_py import rules as rule_names
 from kubeproxy_py.errors import BackendMissing, ConfigError, KubeProxyError
 from kubeproxy_py.iptables import plan, runner
 from kubeproxy_py.model import IPFamily, Problem
+from kubeproxy_py.preflight import command as preflight
+from kubeproxy_py.preflight import findings
+from kubeproxy_py.preflight import text as preflight_text
 from kubeproxy_py.ruleset import Ruleset
 from kubeproxy_py.store import Store
 
@@ -359,7 +364,41 @@ def _build(
     settings: flags.Settings, store: Store, host_facts: flags.HostFacts, family: IPFamily
 ) -> Ruleset:
     node_name = host.node_name(settings.hostname_override)
-    return desired.build(settings, store, host_facts, node_name, family)
+    ruleset = desired.build(settings, store, host_facts, node_name, family)
+    refused = [found for found in store.refusals() if addresses.family_of(found.ip) is family]
+    if refused:
+        listed = "".join(f"\n  {refusal}" for refusal in refused)
+        click.echo(f"left out, as the daemon would:{listed}", err=True)
+    return ruleset
+
+
+@cli.command(
+    "check", cls=flag_types.Command, short_help="Look for what would trouble `run` on this host."
+)
+@flags.proxy_flags
+@click.option("--output", type=click.Choice(["text", "json"]), default="text", show_default=True)
+@click.option("--verbose", is_flag=True, help="Show what is well, too.")
+def check(flag_values: flags.FlagValues, output: str, *, verbose: bool) -> None:
+    """Look for what would trouble `run` on this host and with these flags. Changes nothing.
+
+    Takes the flags of `run`. Without any that names a cluster or files, the host alone is looked at.
+    Exit status: 0 nothing above information, 2 warnings, 1 errors.
+    """
+    # Findings are the log of this command; --v=1 shows that of the parts it uses.
+    logging.configure(verbosity=flag_values.value("v") or -1)
+    found = preflight.check(flag_values)
+    if output == "json":
+        click.echo(preflight_text.as_json(found))
+    else:
+        width, _ = shutil.get_terminal_size()
+        style = _severity_style if sys.stdout.isatty() else None
+        click.echo(preflight_text.as_text(found, verbose=verbose, width=width, style=style))
+    sys.exit(findings.exit_status(found))
+
+
+def _severity_style(text: str, severity: findings.Severity) -> str:
+    colours = {"error": "red", "warning": "yellow"}
+    return click.style(text, fg=colours.get(severity), bold=severity in colours)
 
 
 @cli.command(

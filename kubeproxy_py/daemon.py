@@ -11,7 +11,7 @@ import queue
 import signal
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Final
@@ -29,14 +29,17 @@ from kubeproxy_py import (
     config_watch,
     conntrack,
     drift,
+    external,
     health,
     host,
     hostnet,
     httpserver,
+    lookout,
     manifests,
     metrics,
     nfacct,
     node_events,
+    node_ports,
     notify,
     options,
     pages,
@@ -158,10 +161,12 @@ class Daemon:
             report=self._report,
             changed=self._nudge,
             node_changed=self._node_changed,
-            allow_external_ips=config.allows_service_external_ips(self._config),
+            policy=options.external_policy(self._config, self._settings.external_ips_allow),
+            refused=self._report_refused,
         )
         self._gatherer.backend = backend
         self._gatherer.node = lambda: self._store.node
+        self._gatherer.refused_addresses = lambda: [*map(str, self._store.refusals())]
         self._start_sources_of_nodes()
         if not self._settings.init_only:
             cleanup.remove_nft_mode_tables()
@@ -298,6 +303,7 @@ class Daemon:
                 self._program, family, kernel.programs, ips, reconciler, rule_watcher
             )
             self._spawn(f"sync-{family.value}", program)
+        self._start_lookout(ips, tuple(kernels))
         if not self._settings.manifests:
             self._spawn_watcher("Service")
             self._spawn_watcher("EndpointSlice")
@@ -442,6 +448,36 @@ class Daemon:
         )
         return loop
 
+    def _start_lookout(self, ips: options.NodeIPs, families: Sequence[IPFamily]) -> None:
+        cidrs = options.node_port_cidrs(self._config, ips)
+
+        def ways(family: IPFamily) -> lookout.Family:
+            on_loopback = family is IPFamily.V4 and options.has_localhost_node_ports(
+                self._config, cidrs
+            )
+
+            def reach() -> node_ports.Reach:
+                local = host.addresses_of(family)
+                served = options.served_addresses(cidrs[family], local, allows_loopback=on_loopback)
+                return node_ports.Reach(served, on_loopback)
+
+            return lookout.Family(
+                lambda: self._store.service_ports(family),
+                reach,
+            )
+
+        found = lookout.Lookout(
+            {family: ways(family) for family in families},
+            is_ready=lambda: self._store.is_synced,
+            metrics=self._metrics,
+            tell=self._report_notice,
+            node_ips=lambda: self._node_ips,
+            api=external.api_address(self._connection.server) if self._connection else None,
+        )
+        self._gatherer.doubts = lambda: [*map(str, found.notices)]
+        self._undo.append(found.stop)
+        self._spawn("lookout", found.run)
+
     def _watch_rules(
         self, kernels: Mapping[IPFamily, runner.Iptables]
     ) -> events.NftWatcher | infos.LegacyWatcher | None:
@@ -577,6 +613,44 @@ class Daemon:
             name=problem.name[:_MAX_NAME],
             field=problem.field,
             message=problem.message,
+        )
+
+    def _report_refused(self, refusal: external.Refusal) -> None:
+        self._metrics.external_ips_refused.labels(refusal.reason).inc()
+        log.warning(
+            "service.address_refused",
+            namespace=refusal.service.namespace,
+            name=refusal.service.name,
+            field=refusal.field,
+            address=refusal.ip,
+            port=refusal.port or None,
+            reason=refusal.reason,
+            message=refusal.message,
+        )
+        self._recorder.service_event(
+            refusal.service.namespace,
+            refusal.service.name,
+            event_type="Warning",
+            reason="AddressRefused",
+            action="Sync",
+            note=f"node {self._node_name} does not serve this Service's address: {refusal.where}",
+        )
+
+    def _report_notice(self, notice: lookout.Notice) -> None:
+        log.warning(
+            "service.doubtful",
+            namespace=notice.service.namespace,
+            name=notice.service.name,
+            reason=notice.reason,
+            message=notice.note,
+        )
+        self._recorder.service_event(
+            notice.service.namespace,
+            notice.service.name,
+            event_type=notice.event_type,
+            reason=notice.reason,
+            action=notice.action,
+            note=f"node {self._node_name}: {notice.note}",
         )
 
     def _report_news(self, family: IPFamily, news: sync.SyncResult | drift.Contest) -> None:

@@ -179,6 +179,21 @@ class Texts(FlagType):
         return f"[{','.join(value)}]"
 
 
+class Cidrs(Texts):
+    """CIDRs, kept in their canonical spelling."""
+
+    name = "cidrs"
+
+    def parse(self, text: str) -> tuple[str, ...]:
+        found = []
+        for item in super().parse(text):
+            cidr = addresses.parse_cidr(item.strip())
+            if cidr is None:
+                raise ValueError(f'"{item}" is not a CIDR, for example 192.0.2.0/24')
+            found.append(cidr)
+        return tuple(found)
+
+
 class Paths(Texts):
     """Paths, one per occurrence: they may hold commas."""
 

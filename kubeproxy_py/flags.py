@@ -84,6 +84,7 @@ class Settings:
     cleanup: bool = False
     manifests: tuple[str, ...] = ()
     dispatch: Layout = "auto"
+    external_ips_allow: tuple[str, ...] = ()  # canonical CIDRs; empty: everywhere
     iptables_backend: str = "auto"  # auto, nft, legacy
     status_socket: str = ""  # "": none
     warnings: tuple[str, ...] = ()
@@ -246,6 +247,7 @@ def settings_from_flags(flag_values: FlagValues) -> Settings:
         cleanup=flag_values.value("cleanup"),
         manifests=flag_values.value("manifests"),
         dispatch=flag_values.value("dispatch"),
+        external_ips_allow=flag_values.value("external-ips-allow"),
         iptables_backend=flag_values.value("iptables-backend"),
         status_socket=flag_values.value("status-socket"),
         warnings=(*warnings, *gate_warnings, *_no_effect_warnings(flag_values)),

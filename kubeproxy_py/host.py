@@ -46,7 +46,7 @@ def choose_backend(wanted: str) -> runner.Backend:
     for backend in runner.BACKENDS:
         if wanted == backend:
             return backend
-    return runner.detect_backend(usable_families())
+    return runner.detect_backend(usable_families()).backend
 
 
 def usable_families() -> list[IPFamily]:

@@ -157,6 +157,19 @@ class Metrics:
             "Services that are not programmed as they should be because their rules were refused",
             _FAMILY,
         )
+        self.external_ips_refused = counter(
+            "external_ips_refused_total",
+            "External IPs and load balancer VIPs that came to be left out",
+            ("reason",),
+        )
+        self.shadowing_services = gauge(
+            "shadowing_services",
+            "Services with an external IP or load balancer VIP that is refused, or served with doubt",
+            ("ip_family", "reason"),
+        )
+        self.node_port_collisions = gauge(
+            "node_port_collisions", "Node ports on which a local process listens, and gets nothing"
+        )
         self.conntrack_failures = counter(
             "conntrack_reconciler_failures_total",
             "Reconciliations of conntrack entries that ended with an error",

@@ -94,9 +94,16 @@ def find_programs(family: IPFamily, backend: Backend) -> Programs:
     raise BackendMissing(f"cannot find a working {prefix} for backend {backend}")
 
 
+class Detection(NamedTuple):
+    """Which backend this host uses, and how that was told."""
+
+    backend: Backend
+    reason: str
+
+
 def detect_backend(
     families: Iterable[IPFamily], legacy_tables: Mapping[IPFamily, Path] = _LEGACY_TABLES
-) -> Backend:
+) -> Detection:
     """Find out which backend this host uses, as iptables-wrappers does.
 
     The kubelet's hint chains decide; without them, the backend with more rules; nft if equal.
@@ -120,13 +127,9 @@ def detect_backend(
         )
     hinted = [backend for backend in BACKENDS if hints.get(backend)]
     chosen = hinted[0] if hinted else max(counts, key=lambda backend: counts[backend])
-    log.info(
-        "iptables.backend_detected",
-        backend=chosen,
-        reason="kubelet's hint chains" if hinted else "number of rules",
-        rules=counts,
-    )
-    return chosen
+    reason = "kubelet's hint chains" if hinted else "number of rules"
+    log.info("iptables.backend_detected", backend=chosen, reason=reason, rules=counts)
+    return Detection(chosen, reason)
 
 
 def has_legacy_tables(family: IPFamily) -> bool:

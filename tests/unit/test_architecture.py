@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from kubeproxy_py import nfacct, pages
+from kubeproxy_py.preflight import findings
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "kubeproxy_py"
@@ -137,6 +138,30 @@ def test_every_test_that_the_table_of_faults_names_exists():
         path = ROOT / "tests/packet" / f"{named[1]}.py"
         there = {node.name for node in ast.parse(path.read_text()).body if hasattr(node, "name")}
         assert named[2] in there, test
+
+
+def test_the_documented_findings_are_those_of_check():
+    lines = (ROOT / "docs" / "check.md").read_text().splitlines()
+    table = lines[lines.index("|---|---|---|") + 1 :]
+
+    assert table == [
+        f"| {name} | {topic.meaning} | {topic.action} |" for name, topic in findings.TOPICS.items()
+    ]
+
+
+def test_every_finding_of_check_can_be_found():
+    # A judge that names a topic nobody explains fails here, and so does a topic of no judge.
+    named = {
+        call.args[0].value
+        for _, tree in sources(PACKAGE / "preflight")
+        for name, call in calls(tree)
+        if name in {"Finding", "_works"}
+        if isinstance(call.args[0], ast.Constant)
+    }
+    # Chosen by what the objects come from.
+    named |= {"manifests", "objects"}
+
+    assert named == findings.TOPICS.keys()
 
 
 def test_only_known_directories_stand_at_the_top():

@@ -96,7 +96,13 @@ version=false
 vmodule=
 write-config-to=
 """
-OUR_FLAGS = {"dispatch", "iptables-backend", "manifests", "status-socket"}
+OUR_FLAGS = {
+    "dispatch",
+    "external-ips-allow",
+    "iptables-backend",
+    "manifests",
+    "status-socket",
+}
 
 
 @click.command(cls=flag_types.Command)
@@ -304,6 +310,13 @@ def test_list_flags_accumulate():
     assert given.config.node_port_addresses == ("10.0.0.0/8", "11.0.0.0/8", "12.0.0.0/8")
 
 
+def test_cidrs_are_kept_in_their_canonical_spelling():
+    given = settings("--external-ips-allow=192.0.2.9/24, FD00:0::/64", "--external-ips-allow=")
+
+    assert given.external_ips_allow == ("192.0.2.0/24", "fd00::/64")
+    assert given.flag_values["external-ips-allow"] == "[192.0.2.0/24,fd00::/64]"
+
+
 def test_feature_gates_are_merged():
     given = settings("--feature-gates=A=true,B=true", "--feature-gates", "B=false, C=true")
 
@@ -328,6 +341,8 @@ def test_feature_gates_are_merged():
         ("--dispatch=round", '"round" is not one of auto, flat, tree'),
         ("--manifests=", "a path must not be empty"),
         ('--nodeport-addresses="a', "unexpected end of data"),
+        ("--external-ips-allow=10.0.0.0/8,x", '"x" is not a CIDR'),
+        ("--external-ips-allow=10.0.0.1", '"10.0.0.1" is not a CIDR'),
     ],
 )
 def test_bad_text_is_a_usage_error_that_names_the_flag(arg, message):
@@ -529,6 +544,7 @@ def test_flags_that_still_count_beside_a_file(config_file):
         "--master=http://m",
         "--init-only",
         "--dispatch=flat",
+        "--external-ips-allow=192.0.2.0/24",
         "--manifests=/m",
     )
 
@@ -544,6 +560,7 @@ def test_flags_that_still_count_beside_a_file(config_file):
     )
     assert (given.master, given.init_only) == ("http://m", True)
     assert (given.dispatch, given.manifests) == ("flat", ("/m",))
+    assert given.external_ips_allow == ("192.0.2.0/24",)
 
 
 def test_defaults_of_flags_do_not_override_the_file(config_file):

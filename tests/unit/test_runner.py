@@ -127,7 +127,7 @@ def detect(programs, saved, *, legacy_tables="nat\n"):
     programs.all({"-nft": "nft", "-legacy": "legacy"}, saved)
     names = programs.directory / "ip_tables_names"
     names.write_text(legacy_tables)
-    return runner.detect_backend([V4, V6], {V4: names, V6: names})
+    return runner.detect_backend([V4, V6], {V4: names, V6: names}).backend
 
 
 @pytest.mark.parametrize(
@@ -157,7 +157,7 @@ def test_backend_that_cannot_be_read_has_no_rules(programs):
     names = programs.directory / "ip_tables_names"
     names.write_text("nat\n")
     with capture_logs() as logs:
-        backend = runner.detect_backend([V4], {V4: names})
+        backend = runner.detect_backend([V4], {V4: names}).backend
 
     assert backend == "legacy"
     assert [line["event"] for line in logs] == [
