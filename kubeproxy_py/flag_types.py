@@ -11,7 +11,7 @@ from typing import Any, Final, NoReturn
 
 import click
 
-from kubeproxy_py import addresses, config_validation, durations
+from kubeproxy_py import addresses, config_validation, durations, records
 from kubeproxy_py.config import VModule
 from kubeproxy_py.durations import Duration
 
@@ -177,6 +177,19 @@ class Texts(FlagType):
 
     def show(self, value: Any) -> str:
         return f"[{','.join(value)}]"
+
+
+class Namespaces(Texts):
+    """Names of namespaces; a typing error would count nothing and say nothing."""
+
+    name = "namespaces"
+
+    def parse(self, text: str) -> tuple[str, ...]:
+        names = super().parse(text)
+        for name in names:
+            if not records.is_label(name):
+                raise ValueError(f'"{name}" is not the name of a namespace')
+        return names
 
 
 class Paths(Texts):

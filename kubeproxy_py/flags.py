@@ -9,7 +9,7 @@ nothing else, and neither logs nor exits.
 import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Final, TypeVar
+from typing import Any, Final, Literal, TypeVar
 
 import click
 
@@ -72,6 +72,16 @@ class FlagValues:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Traffic:
+    """How traffic is counted and shown."""
+
+    detail: Literal["service", "endpoint"] = "service"
+    max_series: int
+    namespaces: tuple[str, ...] = ()  # empty: all
+    state_file: str = ""  # "": none
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
     """Everything a person has set, valid and with defaults."""
 
@@ -86,6 +96,7 @@ class Settings:
     dispatch: Layout = "auto"
     iptables_backend: str = "auto"  # auto, nft, legacy
     status_socket: str = ""  # "": none
+    traffic: Traffic | None = None  # None: not counted
     warnings: tuple[str, ...] = ()
     flag_values: Mapping[str, str] = field(default_factory=dict)  # for /flagz; sorted by name
 
@@ -248,8 +259,21 @@ def settings_from_flags(flag_values: FlagValues) -> Settings:
         dispatch=flag_values.value("dispatch"),
         iptables_backend=flag_values.value("iptables-backend"),
         status_socket=flag_values.value("status-socket"),
+        traffic=_traffic(flag_values),
         warnings=(*warnings, *gate_warnings, *_no_effect_warnings(flag_values)),
         flag_values=_shown_values(flag_values, effective),
+    )
+
+
+def _traffic(flag_values: FlagValues) -> Traffic | None:
+    detail = flag_values.value("traffic-metrics")
+    if detail == "off":
+        return None
+    return Traffic(
+        detail=detail,
+        max_series=flag_values.value("traffic-metrics-max-series"),
+        namespaces=flag_values.value("traffic-metrics-namespaces"),
+        state_file=flag_values.value("traffic-metrics-state"),
     )
 
 

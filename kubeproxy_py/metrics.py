@@ -191,3 +191,12 @@ class Metrics:
             "Whether the kernel and iptables have what our rules need, by its name",
             ("capability", "ip_family"),
         )
+        self.traffic_look_duration = histogram(
+            "traffic_look_duration_seconds",
+            "Time it took to read the counters of all Services' rules once",
+        )
+        self.traffic_failures = counter(
+            "traffic_look_failures_total",
+            "Readings of rules' counters that failed; the next one makes up for it",
+            _FAMILY,
+        )
