@@ -443,7 +443,7 @@ _FACT_OPTIONS: Final = (
     ),
 )
 
-_FAMILIES: Final = {"ipv4": IPFamily.V4, "ipv6": IPFamily.V6, None: None}
+FAMILIES: Final = {"ipv4": IPFamily.V4, "ipv6": IPFamily.V6, None: None}
 
 
 def host_fact_flags(function: _Function) -> _Function:
@@ -452,7 +452,7 @@ def host_fact_flags(function: _Function) -> _Function:
     @functools.wraps(function)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         facts = HostFacts(
-            ip_family=_FAMILIES[kwargs.pop("ip_family")],
+            ip_family=FAMILIES[kwargs.pop("ip_family")],
             node_ips=kwargs.pop("node_ip"),
             interface_addresses=kwargs.pop("interface_address"),
             topology_labels=dict(kwargs.pop("topology_label")),

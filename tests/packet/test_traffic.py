@@ -291,7 +291,7 @@ def test_on_legacy_looks_are_not_taken_for_somebody_else_s_writing(
         full = proxy.metric("kubeproxy_sync_full_proxy_rules_duration_seconds_count")
         looks = proxy.metric("kubeproxy_traffic_look_duration_seconds_count")
         proxy.wait(
-            lambda: proxy.metric("kubeproxy_traffic_look_duration_seconds_count") >= looks + 6
+            lambda: proxy.metric("kubeproxy_traffic_look_duration_seconds_count") >= looks + 3
         )
 
         assert proxy.metric("kubeproxy_sync_full_proxy_rules_duration_seconds_count") == full
