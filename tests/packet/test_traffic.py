@@ -93,6 +93,11 @@ def start(clean_lab, servers, backend, files, tmp_path):
     return start
 
 
+def wait(proxy, condition):
+    # Looks take at most a tenth of the time, so on a busy machine the next one may be far away.
+    proxy.wait(condition, 90)
+
+
 def counted(proxy, name, family=V4, metric=CONNECTIONS, **labels):
     return proxy.metric(metric, service=name, ip_family=family.value, **labels)
 
@@ -128,7 +133,7 @@ def test_a_hundred_connections_are_a_hundred_on_that_service(start, clean_lab, f
         proxy.wait_synced()
         for family, name in ((V4, "web"), (V6, "web-v6")):
             visit(clean_lab, family, 1)
-            proxy.wait(lambda name=name, family=family: counted(proxy, name, family) == 100)
+            wait(proxy, lambda name=name, family=family: counted(proxy, name, family) == 100)
             shares = [
                 counted(proxy, name, family, ENDPOINT, endpoint=endpoint(pod, family))
                 for pod in pods
@@ -153,26 +158,26 @@ def test_totals_go_on_while_chains_are_written_anew(start, clean_lab, files):
         seen = [counted(proxy, "web")]
 
         def wait_for(total):
-            proxy.wait(lambda: seen.append(counted(proxy, "web")) or seen[-1] == total)
+            wait(proxy, lambda: seen.append(counted(proxy, "web")) or seen[-1] == total)
 
         visit(clean_lab, V4, 1, 10)
         # Nobody looks in between: what the endpoint had counted would be gone with its chain.
         files.write("web", 1, pods[1:2])
-        proxy.wait(lambda: endpoints_of(proxy, "web") == {endpoint(pods[1], V4)})
+        wait(proxy, lambda: endpoints_of(proxy, "web") == {endpoint(pods[1], V4)})
         wait_for(10)
         # A tree in the place of a flat chain, and affinity: all endpoints' chains are written anew.
         visit(clean_lab, V4, 1, 10)
         files.write_others(range(80), pods[:1])
         files.write("web", 1, pods[1:3], sessionAffinity="ClientIP")
-        proxy.wait(lambda: len(endpoints_of(proxy, "web")) == 2 and is_tree(proxy))
+        wait(proxy, lambda: len(endpoints_of(proxy, "web")) == 2 and is_tree(proxy))
         visit(clean_lab, V4, 1, 10)
         wait_for(30)
         # And all of it undone, without one look in between.
         files.write_others(range(80), [])
         visit(clean_lab, V4, 1, 10)
         files.write("web", 1, pods[2:4])
-        proxy.wait(lambda: endpoint(pods[3], V4) in endpoints_of(proxy, "web"))
-        proxy.wait(lambda: not is_tree(proxy))
+        wait(proxy, lambda: endpoint(pods[3], V4) in endpoints_of(proxy, "web"))
+        wait(proxy, lambda: not is_tree(proxy))
         visit(clean_lab, V4, 1, 10)
         wait_for(50)
 
@@ -188,16 +193,16 @@ def test_a_killed_daemon_s_totals_go_on(start, clean_lab, files):
         visit(clean_lab, V4, 1, 10)
         # These are in no counter of the kernel afterwards.
         files.write("web", 1, pods[2:4])
-        proxy.wait(lambda: endpoint(pods[2], V4) in endpoints_of(proxy, "web"))
+        wait(proxy, lambda: endpoint(pods[2], V4) in endpoints_of(proxy, "web"))
         visit(clean_lab, V4, 1, 10)
-        proxy.wait(lambda: counted(proxy, "web") == 20)
+        wait(proxy, lambda: counted(proxy, "web") == 20)
         visit(clean_lab, V4, 1, 10)
         proxy.end(signal.SIGKILL)
     visit(clean_lab, V4, 1, 10)
     with start() as again:
         again.wait_synced()
         first = []
-        again.wait(lambda: first.append(counted(again, "web")) or first[-1] > 0)
+        wait(again, lambda: first.append(counted(again, "web")) or first[-1] > 0)
 
         assert first[-1] == 40
 
@@ -207,16 +212,16 @@ def test_without_its_file_a_restarted_daemon_begins_at_zero(start, clean_lab, fi
     with start() as proxy:
         proxy.wait_synced()
         visit(clean_lab, V4, 1, 10)
-        proxy.wait(lambda: counted(proxy, "web") == 10)
+        wait(proxy, lambda: counted(proxy, "web") == 10)
         proxy.end(signal.SIGTERM)
     (tmp_path / "traffic.json").unlink()
     with start() as again:
         again.wait_synced()
-        again.wait(lambda: 'service="web"' in again.get("/metrics")[1])
+        wait(again, lambda: 'service="web"' in again.get("/metrics")[1])
         assert counted(again, "web") == 0
         visit(clean_lab, V4, 1, 7)
 
-        again.wait(lambda: counted(again, "web") == 7)
+        wait(again, lambda: counted(again, "web") == 7)
 
 
 def test_refused_packets_are_told_with_the_reason(start, clean_lab, files):
@@ -229,10 +234,11 @@ def test_refused_packets_are_told_with_the_reason(start, clean_lab, files):
             for _ in range(5):
                 assert connect(client, cluster_ip(family, 1), 80).kind == "refused"
             assert connect(client, cluster_ip(family, 2), 80, timeout_s=0.5).kind == "timeout"
-            proxy.wait(
+            wait(
+                proxy,
                 lambda family=family, suffix=suffix: (
                     counted(proxy, f"none{suffix}", family, REFUSED, reason="no_endpoints") >= 5
-                )
+                ),
             )
             assert counted(proxy, f"far{suffix}", family, REFUSED, reason="no_local_endpoints") >= 1
         assert proxy.metric(CONNECTIONS) == 0
@@ -246,7 +252,7 @@ def test_what_is_above_the_cap_is_counted_together(start, clean_lab, files):
         proxy.metric(CONNECTIONS)
         for number in range(1, 4):
             visit(clean_lab, V4, number, 10 * number)
-        proxy.wait(lambda: proxy.metric(CONNECTIONS) == 60)
+        wait(proxy, lambda: proxy.metric(CONNECTIONS) == 60)
 
         # The busiest have the places.
         assert counted(proxy, "web-3") == 30
@@ -259,7 +265,7 @@ def test_only_the_namespaces_asked_for_are_counted(start, clean_lab, files):
     with start("--traffic-metrics-namespaces=elsewhere") as proxy:
         proxy.wait_synced()
         visit(clean_lab, V4, 1, 3)
-        proxy.wait(lambda: proxy.metric("kubeproxy_traffic_look_duration_seconds_count") > 1)
+        wait(proxy, lambda: proxy.metric("kubeproxy_traffic_look_duration_seconds_count") > 1)
 
         assert CONNECTIONS + "{" not in proxy.get("/metrics")[1]
 
@@ -290,8 +296,9 @@ def test_on_legacy_looks_are_not_taken_for_somebody_else_s_writing(
         proxy.wait_synced()
         full = proxy.metric("kubeproxy_sync_full_proxy_rules_duration_seconds_count")
         looks = proxy.metric("kubeproxy_traffic_look_duration_seconds_count")
-        proxy.wait(
-            lambda: proxy.metric("kubeproxy_traffic_look_duration_seconds_count") >= looks + 3
+        wait(
+            proxy,
+            lambda: proxy.metric("kubeproxy_traffic_look_duration_seconds_count") >= looks + 3,
         )
 
         assert proxy.metric("kubeproxy_sync_full_proxy_rules_duration_seconds_count") == full
