@@ -47,7 +47,7 @@ _COUNTER_BYTES, _COUNTER_PACKETS = 1, 2
 _AF: Final = {IPFamily.V4: socket.AF_INET, IPFamily.V6: socket.AF_INET6}
 _GENERIC_BYTES: Final = 4
 _COUNT: Final = struct.Struct(">Q")
-# How often a chain that changes while it is read is read again; it has a handful of rules.
+# How often chains that change while they are read are read again; they have a handful of rules.
 _ATTEMPTS: Final = 5
 
 
@@ -59,7 +59,8 @@ def _counter_head() -> bytes:
     size = netlink.attribute(_COUNTER_BYTES, bytes(_COUNT.size))
     packets = netlink.attribute(_COUNTER_PACKETS, bytes(_COUNT.size))
     named = netlink.attribute(_EXPR_NAME, b"counter\0")
-    data = netlink.nested(_EXPR_DATA, size, packets)
+    # nf_tables does not mark it as nested.
+    data = netlink.attribute(_EXPR_DATA, size + packets)
     head = len(data) - len(packets) - _COUNT.size
     # Up to the bytes, which differ from rule to rule.
     return named + data[:head]
@@ -75,7 +76,7 @@ class NftCounters:
 
     A dump of a whole table takes the kernel time in proportion to the square of its rules (seconds at
     170,000), because each part of the answer begins to count at the first one. A chain is found by
-    hash, and read in 25 µs whatever else there is.
+    hash, and read in 12 µs whatever else there is.
     """
 
     def __init__(
@@ -95,37 +96,31 @@ class NftCounters:
             _RULE_TABLE, table.encode() + b"\0"
         )
         found: Counts = {}
+        left = list(chains)
         with netlink.NetlinkSocket(self._open(), "counters of rules") as sock:
-            for chain in chains:
-                counts = _read_chain(
-                    sock, head + netlink.attribute(_RULE_CHAIN, chain.encode() + b"\0")
+            for _ in range(_ATTEMPTS):
+                requests = (
+                    head + netlink.attribute(_RULE_CHAIN, chain.encode() + b"\0") for chain in left
                 )
-                if counts:
-                    found[chain] = counts
+                changed = []
+                read = sock.dump_each(_GETRULE, requests, parse_rule_packets)
+                for chain, counts in zip(left, read, strict=True):
+                    if counts is None:
+                        changed.append(chain)
+                    elif counts:
+                        found[chain] = tuple(counts)
+                left = changed
+        # What others write without a pause is left out; the next reading finds it.
         return found
 
 
-def _read_chain(sock: netlink.NetlinkSocket, request: bytes) -> tuple[int, ...]:
-    for _ in range(_ATTEMPTS):
-        try:
-            return tuple(
-                [parse_rule_packets(payload) for _, _, payload in sock.dump(_GETRULE, request)]
-            )
-        except netlink.NetlinkError as error:
-            if error.errno != errno.EINTR:
-                raise
-    # Others write without a pause. The next reading finds it.
-    return ()
-
-
-def parse_rule_packets(payload: memoryview) -> int:
-    """Return the packets counted by the rule that netlink describes so; 0 if it does not count."""
-    raw = bytes(payload)
-    at = raw.find(_COUNTER_HEAD)
-    if at >= 0 and at + _PACKETS_AT + _COUNT.size <= len(raw):
-        packets: int = _COUNT.unpack_from(raw, at + _PACKETS_AT)[0]
+def parse_rule_packets(buffer: bytearray, begin: int, end: int) -> int:
+    """Return the packets counted by the rule that netlink describes there; 0 if it does not count."""
+    at = buffer.find(_COUNTER_HEAD, begin, end)
+    if at >= 0 and at + _PACKETS_AT + _COUNT.size <= end:
+        packets: int = _COUNT.unpack_from(buffer, at + _PACKETS_AT)[0]
         return packets
-    for kind, value in netlink.attributes(payload[_GENERIC_BYTES:]):
+    for kind, value in netlink.attributes(memoryview(buffer)[begin + _GENERIC_BYTES : end]):
         if kind == _RULE_EXPRESSIONS:
             for _, expression in netlink.attributes(value):
                 parts = dict(netlink.attributes(expression))

@@ -16,16 +16,16 @@ NEWRULE, DONE, DUMP_INTR = 0xA06, 3, 0x10
 NESTED = 0x8000
 
 
-def expression(name, *data):
-    return netlink.nested(1, netlink.attribute(1, name.encode() + b"\0"), netlink.nested(2, *data))
+def expression(name, *data, nest=netlink.attribute):
+    return netlink.nested(1, netlink.attribute(1, name.encode() + b"\0"), nest(2, b"".join(data)))
 
 
-def counter(packets, size=0, *, packets_first=False):
+def counter(packets, size=0, *, packets_first=False, nest=netlink.attribute):
     parts = [
         netlink.attribute(1, struct.pack(">Q", size)),
         netlink.attribute(2, struct.pack(">Q", packets)),
     ]
-    return expression("counter", *(reversed(parts) if packets_first else parts))
+    return expression("counter", *(reversed(parts) if packets_first else parts), nest=nest)
 
 
 def rule(*expressions):
@@ -45,14 +45,38 @@ def rule(*expressions):
         (rule(counter(7, 420)), 7),
         (rule(counter(2**40)), 2**40),
         (rule(counter(7, 420, packets_first=True)), 7),
+        (rule(counter(7, 420, nest=netlink.nested)), 7),
         (rule(), 0),
         (rule(expression("counter")), 0),
         (bytes(4), 0),
     ],
-    ids=["usual", "large", "other order", "no counter", "no numbers", "no expressions"],
+    ids=[
+        "usual",
+        "large",
+        "other order",
+        "marked as nested",
+        "no counter",
+        "no numbers",
+        "no expressions",
+    ],
 )
 def test_packets_of_a_rule(payload, packets):
-    assert counters.parse_rule_packets(memoryview(payload)) == packets
+    # Others stand before and behind it.
+    buffer = bytearray(rule(counter(99)) + payload + rule(counter(98)))
+    begin = len(rule(counter(99)))
+
+    assert counters.parse_rule_packets(buffer, begin, begin + len(payload)) == packets
+
+
+def test_what_is_looked_for_first_is_what_the_kernel_writes():
+    # As Linux 6.18 describes it; 7 packets, 420 bytes.
+    said = (
+        b",\0\1\0\x0c\0\1\0counter\0\x1c\0\2\0"
+        b"\x0c\0\1\0\0\0\0\0\0\0\1\xa4\x0c\0\2\0\0\0\0\0\0\0\0\7"
+    )
+
+    assert counters._COUNTER_HEAD in said
+    assert counters.parse_rule_packets(bytearray(said), 0, len(said)) == 7
 
 
 class Kernel:
