@@ -364,6 +364,7 @@ def top_of_services(
 
     From the counters of this host's rules, whoever wrote them: no daemon is needed.
     """
+    privileges.require_netfilter()
     family = None if ip_family is None else flags.FAMILIES[ip_family]
     asked = top_command.Asked(
         interval, tuple(name for names in namespace for name in names), sort, once, output
