@@ -64,6 +64,17 @@ ROWS: Final = (
         )
         for name, statistic in (("p50", median), ("max", max))
     ),
+    Row("traffic counted: one look at all counters", "look", median, "s"),
+    Row("traffic counted: the first look", "look_first", median, "s"),
+    Row("traffic counted: daemon's own CPU per scrape", "look_cpu", median, "s"),
+    Row("traffic counted: memory", "look_memory", median, "MiB"),
+    Row(
+        "traffic counted, scraped every second: one endpoint changed, p50",
+        "look_change",
+        median,
+        "ms",
+        _MS,
+    ),
     Row("restart with nothing changed, to healthy", "restart", median, "s"),
     Row("restart with nothing changed, restores", "restart_restores", median, ""),
     Row("memory, idle after the first sync", "memory", median, "MiB"),

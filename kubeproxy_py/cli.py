@@ -33,6 +33,8 @@ from kubeproxy_py import (
     status_text,
     sync,
     sysctls,
+    top,
+    top_command,
 )
 from kubeproxy_py import cleanup as cleaning
 from kubeproxy_py import log as logging
@@ -330,6 +332,50 @@ _COLOURS: Final = {"ready": "green", "degraded": "yellow", "not ready": "red"}
 
 def _coloured(text: str, state: str) -> str:
     return click.style(text, fg=_COLOURS[state], bold=True)
+
+
+@cli.command("top")
+@click.option(
+    "--interval", type=float, default=2.0, show_default=True, help="Seconds between two looks."
+)
+@click.option(
+    "--namespace",
+    type=flag_types.Namespaces(),
+    multiple=True,
+    help="Only Services of this namespace; may be repeated.",
+)
+@click.option("--sort", type=click.Choice(top.SORTS), default="rate", show_default=True)
+@click.option("--once", is_flag=True, help="Print what happened in one interval, and end.")
+@click.option("--output", type=click.Choice(["table", "json"]), default="table", show_default=True)
+@click.option("--ip-family", type=flag_types.Choice("ipv4", "ipv6"), help="Only this family.")
+@click.option(
+    "--iptables-backend",
+    type=flag_types.Choice("auto", "nft", "legacy"),
+    default="auto",
+    show_default=True,
+    help="Which iptables programs to use; auto takes the ones this node's other programs use.",
+)
+def top_of_services(
+    interval: float,
+    namespace: tuple[tuple[str, ...], ...],
+    sort: top.Sort,
+    *,
+    once: bool,
+    output: top_command.Output,
+    ip_family: str | None,
+    iptables_backend: str,
+) -> None:
+    """Show which Services get new connections, and how many: live, or --once.
+
+    From the counters of this host's rules, whoever wrote them: no daemon is needed.
+    """
+    privileges.require_netfilter()
+    family = None if ip_family is None else flags.FAMILIES[ip_family]
+    asked = top_command.Asked(
+        interval, tuple(name for names in namespace for name in names), sort, once, output
+    )
+    programs = _programs(host.choose_backend(iptables_backend), family)
+    top_command.run(asked, top_command.sources(programs))
 
 
 def _facts_of_host(stated: flags.HostFacts, kernel: runner.Iptables) -> flags.HostFacts:

@@ -50,12 +50,14 @@ from kubeproxy_py import (
     sync,
     sync_loop,
     sysctls,
+    traffic_meter,
+    traffic_state,
     watch,
 )
 from kubeproxy_py import log as logging
 from kubeproxy_py.errors import ConfigError, KubeProxyError
 from kubeproxy_py.flags import Settings
-from kubeproxy_py.iptables import backends, events, infos, lock, probe, runner
+from kubeproxy_py.iptables import backends, counters, events, infos, lock, probe, runner
 from kubeproxy_py.model import IPFamily, Kind, Node, Problem, ServiceName
 from kubeproxy_py.pacer import Pacer
 from kubeproxy_py.ruleset import HealthCheck, Ruleset
@@ -97,6 +99,7 @@ class Daemon:
         # Changed by the families' threads, under the lock. Replaced as a whole: others read it.
         self._loops: dict[IPFamily, sync_loop.SyncLoop] = {}
         self._counts_packets = False
+        self._meters: dict[IPFamily, traffic_meter.FamilyMeter] = {}
         self._node_name = host.node_name(settings.hostname_override)
         # What cannot work on any node is refused before anything on this one is touched.
         for family in IPFamily:
@@ -288,6 +291,7 @@ class Daemon:
         )
         self._health.add_readiness("backends", others.reason)
         self._spawn("backend-watch", others.run)
+        self._start_traffic(kernels)
         cidrs = options.node_port_cidrs(self._config, ips)
         if any(listed is not None for listed in cidrs.values()):
             # Node ports follow the addresses of the interfaces.
@@ -413,6 +417,7 @@ class Daemon:
                 clean_conntrack=lambda build: reconciler.request(family, build),
                 report_quarantined=self._report_quarantined,
                 release_memory=host.release_memory,
+                writing=self._meters[family].writing if self._meters else sync.unwatched,
             ),
             metrics=self._metrics,
         )
@@ -495,6 +500,31 @@ class Daemon:
             return None
         self._undo.append(watcher.stop)
         return watcher
+
+    def _start_traffic(self, kernels: Mapping[IPFamily, runner.Iptables]) -> None:
+        """Let connections be counted, if that is asked for."""
+        asked = self._settings.traffic
+        if asked is None:
+            return
+        collector = traffic_meter.TrafficCollector(
+            detail=asked.detail,
+            max_series=asked.max_series,
+            state=traffic_state.StateFile(Path(asked.state_file) if asked.state_file else None),
+        )
+        for family, kernel in kernels.items():
+            self._meters[family] = traffic_meter.FamilyMeter(
+                family,
+                counters.of(kernel.backend, family),
+                kernel.save,
+                metrics=self._metrics,
+                namespaces=asked.namespaces,
+                wake=collector.wake,
+                release_memory=host.release_memory,
+            )
+            collector.add(family, self._meters[family])
+        self._registry.register(collector)
+        collector.start()
+        self._undo.append(collector.stop)
 
     def _start_servers(self) -> None:
         pages.register_process_metrics(self._registry, gates=self._config.feature_gates)

@@ -11,7 +11,7 @@ from typing import Any, Final, NoReturn
 
 import click
 
-from kubeproxy_py import addresses, config_validation, durations
+from kubeproxy_py import addresses, config_validation, durations, records
 from kubeproxy_py.config import VModule
 from kubeproxy_py.durations import Duration
 
@@ -192,6 +192,19 @@ class Cidrs(Texts):
                 raise ValueError(f'"{item}" is not a CIDR, for example 192.0.2.0/24')
             found.append(cidr)
         return tuple(found)
+
+
+class Namespaces(Texts):
+    """Names of namespaces; a typing error would count nothing and say nothing."""
+
+    name = "namespaces"
+
+    def parse(self, text: str) -> tuple[str, ...]:
+        names = super().parse(text)
+        for name in names:
+            if not records.is_label(name):
+                raise ValueError(f'"{name}" is not the name of a namespace')
+        return names
 
 
 class Paths(Texts):

@@ -214,3 +214,12 @@ class Metrics:
             "Built-in chains of that backend that lead there, so that packets meet stale rules",
             _FAMILY,
         )
+        self.traffic_look_duration = histogram(
+            "traffic_look_duration_seconds",
+            "Time it took to read the counters of all Services' rules once",
+        )
+        self.traffic_failures = counter(
+            "traffic_look_failures_total",
+            "Readings of rules' counters that failed; the next one makes up for it",
+            _FAMILY,
+        )

@@ -6,8 +6,10 @@ It decides nothing itself: what rules there should be (``ruleset``), what must b
 an error nothing is assumed about the kernel; it is read again before anything is written.
 """
 
+import contextlib
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import AbstractContextManager
 from typing import Final, Protocol
 
 import msgspec
@@ -51,6 +53,11 @@ class Kernel(Protocol):
     def restore(self, text: str) -> None: ...
 
 
+def unwatched(_batch: plan.Batch) -> AbstractContextManager[None]:
+    """Surround the writing of a batch with nothing."""
+    return contextlib.nullcontext()
+
+
 class Effects(msgspec.Struct, frozen=True, kw_only=True):
     """What happens around a sync, each a function so that a test can look on."""
 
@@ -66,6 +73,8 @@ class Effects(msgspec.Struct, frozen=True, kw_only=True):
     report_quarantined: Callable[[ServiceName, str], None]
     #: Called after a sync that read the whole kernel state, of which little is kept.
     release_memory: Callable[[], None]
+    #: Surrounds the writing of each batch, which lets the counters of its chains begin anew.
+    writing: Callable[[plan.Batch], AbstractContextManager[None]] = unwatched
 
 
 class SyncResult(msgspec.Struct, frozen=True, kw_only=True):
@@ -495,7 +504,8 @@ class Syncer:
         family = self._family.value
         text = batch.render()
         try:
-            self._kernel.restore(text)
+            with self._effects.writing(batch):
+                self._kernel.restore(text)
         except IptablesError as error:
             if isinstance(error, LockTimeout) and len(batch.sections) > 1:
                 # Legacy takes the lock for each table anew: the first may have been written.

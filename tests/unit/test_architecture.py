@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from kubeproxy_py import nfacct, pages
+from kubeproxy_py import nfacct, pages, traffic_meter, traffic_state
 from kubeproxy_py.preflight import findings
 
 ROOT = Path(__file__).parents[2]
@@ -71,6 +71,11 @@ def test_the_documented_metrics_are_those_there_are(metrics):
     pages.register_process_metrics(metrics.registry)
     # Registered by what it describes: the kernel is not asked.
     metrics.registry.register(nfacct.NfacctCollector())
+    metrics.registry.register(
+        traffic_meter.TrafficCollector(
+            detail="endpoint", max_series=1, state=traffic_state.StateFile(None)
+        )
+    )
     there = {
         _exposed(name, kind): (kind, labels)
         for collector, names in metrics.registry._collector_to_names.items()
@@ -82,12 +87,12 @@ def test_the_documented_metrics_are_those_there_are(metrics):
 
 
 def _described(collector, names):
-    labels = tuple(sorted(getattr(collector, "_labelnames", ())))
+    own = getattr(collector, "_labelnames", ())
     families = collector.describe() if hasattr(collector, "describe") else collector.collect()
-    found = [(family.name, family.type) for family in families] or [
-        (name, "gauge") for name in names
-    ]
-    return [(name, kind, labels) for name, kind in found]
+    found = [
+        (family.name, family.type, getattr(family, "_labelnames", ()) or own) for family in families
+    ] or [(name, "gauge", own) for name in names]
+    return [(name, kind, tuple(sorted(labels))) for name, kind, labels in found]
 
 
 def _exposed(name, kind):

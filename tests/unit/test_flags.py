@@ -102,6 +102,10 @@ OUR_FLAGS = {
     "iptables-backend",
     "manifests",
     "status-socket",
+    "traffic-metrics",
+    "traffic-metrics-max-series",
+    "traffic-metrics-namespaces",
+    "traffic-metrics-state",
 }
 
 
@@ -242,6 +246,19 @@ def test_our_own_flags():
     assert (given.dispatch, given.iptables_backend) == ("flat", "nft")
 
 
+def test_traffic_is_counted_where_that_is_asked_for():
+    assert settings().traffic is None
+    assert settings("--traffic-metrics=service").traffic == flags.Traffic(
+        detail="service", max_series=500, state_file="/run/kubeproxy-py/traffic.json"
+    )
+    assert settings(
+        "--traffic-metrics=endpoint",
+        "--traffic-metrics-max-series=10",
+        "--traffic-metrics-namespaces=a,b",
+        "--traffic-metrics-state=",
+    ).traffic == flags.Traffic(detail="endpoint", max_series=10, namespaces=("a", "b"))
+
+
 def test_flags_that_choose_what_run_does():
     given = settings("--init-only", "--cleanup", "--write-config-to=/w", "--master=http://m")
 
@@ -339,6 +356,9 @@ def test_feature_gates_are_merged():
         ("--vmodule=a", '"a" does not have the pattern=N format'),
         ("--v=-1", '"-1" is out of range'),
         ("--dispatch=round", '"round" is not one of auto, flat, tree'),
+        ("--traffic-metrics=all", '"all" is not one of off, service, endpoint'),
+        ("--traffic-metrics-max-series=0", '"0" is out of range'),
+        ("--traffic-metrics-namespaces=a,B", '"B" is not the name of a namespace'),
         ("--manifests=", "a path must not be empty"),
         ('--nodeport-addresses="a', "unexpected end of data"),
         ("--external-ips-allow=10.0.0.0/8,x", '"x" is not a CIDR'),
