@@ -79,8 +79,17 @@ def repaired(proxy, before, fault, family=IPFamily.V4):
     """Do *fault*, wait until all is as it was, and return the log lines about it."""
     fault()
     proxy.wait(lambda: is_whole(proxy, before, family), DEADLINE_S[proxy.backend])
-    proxy.wait(lambda: bool(proxy.events("drift.repaired")))
+    proxy.wait(lambda: has_told_all(proxy))
     return proxy.events("drift.repaired")
+
+
+def has_told_all(proxy):
+    """Tell whether there are lines about a repair, and the sync that wrote them has ended."""
+    names = [line["event"] for line in proxy.events()]
+    return (
+        "drift.repaired" in names
+        and "sync.completed" in names[len(names) - names[::-1].index("drift.repaired") :]
+    )
 
 
 def told(lines):
