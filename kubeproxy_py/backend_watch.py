@@ -24,6 +24,10 @@ _PERIOD_S: Final = 60.0
 SurveyOf = Callable[[runner.Backend, Sequence[IPFamily]], backends.Survey]
 
 
+def _to_nobody(_leftover: backends.Leftover) -> None:
+    pass
+
+
 class BackendWatch:
     """Looks at the backend that is not used. ``reason`` may be asked from any thread."""
 
@@ -35,6 +39,7 @@ class BackendWatch:
         *,
         wait: Callable[[float], bool],
         survey: SurveyOf = backends.survey,
+        tell: Callable[[backends.Leftover], None] = _to_nobody,
     ) -> None:
         """
         Use *backend* for *families*.
@@ -45,12 +50,14 @@ class BackendWatch:
             metrics: where it is told what was found.
             wait: waits so many seconds; True: it is time to stop.
             survey: looks at the other backend.
+            tell: is told of what was not there at the look before; must not block.
         """
         self._backend = backend
         self._families = families
         self._metrics = metrics
         self._wait = wait
         self._survey = survey
+        self._tell = tell
         #: What was found last. Replaced as a whole: other threads read it.
         self.found = backends.Survey()
 
@@ -82,6 +89,7 @@ class BackendWatch:
                     jumps=list(leftover.jumps),
                     message=f"{leftover}; {_advice(leftover)}",
                 )
+                self._tell(leftover)
         for leftover in before.leftovers:
             if leftover.family not in {one.family for one in found.leftovers}:
                 log.info(

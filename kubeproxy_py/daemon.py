@@ -288,6 +288,9 @@ class Daemon:
             tuple(kernels),
             self._metrics,
             wait=self._stop.wait,
+            tell=lambda found: self._post(
+                node_events.mixed(found.family, found.backend, is_met=bool(found.jumps))
+            ),
         )
         self._health.add_readiness("backends", others.reason)
         self._spawn("backend-watch", others.run)

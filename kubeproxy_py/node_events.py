@@ -78,6 +78,18 @@ def contested(family: IPFamily, contest: drift.Contest) -> NodeEvent:
     )
 
 
+def mixed(family: IPFamily, backend: str, *, is_met: bool) -> NodeEvent:
+    """Tell that rules stand in the backend that is not used, and whether packets meet them."""
+    met = "packets pass them as well, though nobody keeps them up to date" if is_met else "harmless"
+    return NodeEvent(
+        event_type="Warning",
+        reason="BackendsMixed",
+        action="Sync",
+        note=f"{family.value}: rules of kube-proxy's stand in {backend} tables, which are not used here"
+        f" ({met}): kubeproxy-py cleanup --backend={backend} removes them",
+    )
+
+
 def _who(culprits: Iterable[drift.Culprit]) -> str:
     return ", ".join(dict.fromkeys(who.process for who in culprits)) or "an unknown process"
 

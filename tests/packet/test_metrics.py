@@ -23,7 +23,8 @@ def test_every_metric_of_alerts_and_dashboard_is_served(clean_lab, backend, tmp_
         api.apply(make_node("node1"))
         api.apply_many(cluster(3, 2))
         kubeconfig = api.kubeconfig(tmp_path / "kubeconfig")
-        with running(clean_lab, backend, tmp_path / "log", f"--kubeconfig={kubeconfig}") as proxy:
+        arguments = (f"--kubeconfig={kubeconfig}", "--traffic-metrics=service")
+        with running(clean_lab, backend, tmp_path / "log", *arguments) as proxy:
             proxy.wait_synced()
             text = proxy.get("/metrics")[1]
 

@@ -9,14 +9,22 @@ from tests.support.proxy import running
 
 pytestmark = pytest.mark.packet
 
+#: Of so many repairs, some have the same words: the process is known, or it is not.
+TIMES = 5
+
 
 def events(api):
     """Return the Events on the Node, by reason."""
-    return {
-        event["reason"]: event
-        for event in api.objects("Event")
-        if event["regarding"] == {"kind": "Node", "apiVersion": "v1", "name": "node1"}
-    }
+    found = {}
+    for event in api.objects("Event"):
+        if event["regarding"] == {"kind": "Node", "apiVersion": "v1", "name": "node1"}:
+            found.setdefault(event["reason"], []).append(event)
+    return found
+
+
+def counted_repair(api):
+    """Return the Event of a repair that has come more than once, if there is one."""
+    return next((one for one in events(api).get("RulesRepaired", ()) if "series" in one), None)
 
 
 def test_the_start_rules_that_were_there_and_repairs_are_told(clean_lab, backend, family, tmp_path):
@@ -32,15 +40,19 @@ def test_the_start_rules_that_were_there_and_repairs_are_told(clean_lab, backend
         with running(clean_lab, backend, tmp_path / "log", f"--kubeconfig={kubeconfig}") as proxy:
             proxy.wait_synced()
             proxy.wait(lambda: {"Starting", "RulesAdopted"} <= events(api).keys())
-            for times in (1, 2):
+            # Where the kernel does not tell in time who it was, it is another Event: so, a few times.
+            for _ in range(TIMES):
+                repairs = len(proxy.events("drift.repaired"))
                 clean_lab.node.run([programs.command, "-t", "nat", "-F", "KUBE-MARK-MASQ"])
-                proxy.wait(lambda: len(proxy.events("drift.repaired")) >= times)  # noqa: B023 - called at once
-            proxy.wait(lambda: "series" in events(api).get("RulesRepaired", {}))
+                proxy.wait(lambda: len(proxy.events("drift.repaired")) > repairs)  # noqa: B023 - called at once
+            proxy.wait(lambda: counted_repair(api) is not None)
 
     told = events(api)
-    assert told["Starting"]["type"] == "Normal"
-    assert told["RulesAdopted"]["note"].startswith(
+    repair = counted_repair(api)
+    assert told["Starting"][0]["type"] == "Normal"
+    (adopted,) = told["RulesAdopted"]
+    assert adopted["note"].startswith(
         f"{family.value}: of 1 chains of kube-proxy's, or of an earlier run"
     )
-    assert "flushed chains in nat: KUBE-MARK-MASQ" in told["RulesRepaired"]["note"]
-    assert told["RulesRepaired"]["series"]["count"] >= 2
+    assert "flushed chains in nat: KUBE-MARK-MASQ" in repair["note"]
+    assert repair["series"]["count"] >= 2

@@ -61,6 +61,15 @@ def test_a_contest_names_the_other_side(chains, told):
     assert told in event.note
 
 
+@pytest.mark.parametrize(("is_met", "told"), [(True, "packets pass them"), (False, "(harmless)")])
+def test_rules_in_the_other_backend_are_told_with_what_to_do(is_met, told):
+    event = node_events.mixed(V4, "legacy", is_met=is_met)
+
+    assert (event.event_type, event.reason) == ("Warning", "BackendsMixed")
+    assert told in event.note
+    assert event.note.endswith("kubeproxy-py cleanup --backend=legacy removes them")
+
+
 def test_what_was_found_at_the_start_is_told_with_what_became_of_it():
     event = node_events.adopted(V4, found=120, written=3, deleted=2)
 
