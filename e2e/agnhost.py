@@ -32,7 +32,8 @@ class Answer(NamedTuple):
     """What one request came to."""
 
     status: Status
-    body: str = ""
+    body: str = ""  # of an answer; nothing else is mistaken for one
+    detail: str = ""  # what the client says of a failure
 
 
 def netexec(*, http_port: int = 80, udp_port: int = -1, delay_s: int = 0) -> list[str]:
@@ -101,9 +102,9 @@ def parse(stdout: str) -> list[Answer]:
         elif status == _CURL_TIMED_OUT:
             answers.append(Answer("timed out"))
         elif status == _CURL_REFUSED:
-            answers.append(Answer("refused" if "refused" in body else "unreachable", body))
+            answers.append(Answer("refused" if "refused" in body else "unreachable"))
         else:
-            answers.append(Answer("failed", body))
+            answers.append(Answer("failed", detail=f"status {status}: {body}"))
     return answers
 
 
