@@ -32,6 +32,7 @@ from kubeproxy_py import (
     host,
     hostnet,
     httpserver,
+    keeper,
     manifests,
     metrics,
     nfacct,
@@ -41,6 +42,7 @@ from kubeproxy_py import (
     pages,
     privileges,
     recorder,
+    snapshot,
     status,
     status_socket,
     sync,
@@ -104,6 +106,7 @@ class Daemon:
         self._recorder = recorder.Recorder(self._connection, host=host.node_name(""))
         self._health = health.ProxyHealth(self._config.iptables.sync_period_s)
         self._http = httpserver.HttpServer()
+        self._keeper: keeper.Keeper | None = None
         #: What can be asked on the status socket: ``status_socket`` says how to add to it.
         self._pages = status_socket.Pages()
         self._gatherer = status.Gatherer(
@@ -162,6 +165,7 @@ class Daemon:
         self._gatherer.backend = backend
         self._gatherer.node = lambda: self._store.node
         self._start_sources_of_nodes()
+        self._start_keeper()
         if not self._settings.init_only:
             cleanup.remove_nft_mode_tables()
         # Units that start after this one may be what brings the API server up.
@@ -218,11 +222,31 @@ class Daemon:
         else:
             self._spawn_watcher("Node")
 
+    def _start_keeper(self) -> None:
+        """Keep the state on disk. Files are on disk already, and --init-only knows no state."""
+        if self._connection is None or self._settings.init_only:
+            return
+        file = keeper.open_file(self._settings.state_file, self._metrics)
+        if file is None:
+            return
+        self._keeper = keeper.Keeper(
+            file,
+            self._store,
+            self._metrics,
+            node=self._node_name,
+            identity=snapshot.identity(
+                self._connection.server, config.allows_service_external_ips(self._config)
+            ),
+            stop=self._stop,
+        )
+        self._spawn("snapshot", self._keeper.run)
+        self._undo.append(self._keeper.stop)
+
     def _wait_for_node(self) -> Node | None:
-        """Wait for the Node object, without limit, then for what it may still lack."""
+        """Wait for the Node object, from the API or the state file, then for what it may lack."""
         store = self._store
         pause_s = _FIRST_LOOK_S
-        while not store.has_listed("Node"):
+        while not store.has_listed("Node") and store.restored_at is None:
             if self._rest(pause_s):
                 return None
             pause_s = min(1.2 * pause_s, _TICK_S)
@@ -401,6 +425,10 @@ class Daemon:
         self._health.add_readiness(
             f"quarantine-{family.value}", lambda: _told_quarantined(family, syncer.quarantined)
         )
+        self._health.add_readiness(
+            f"snapshot-{family.value}",
+            lambda: _told_restored(family, self._store.restored_at if syncer.is_restored else None),
+        )
         pacer = Pacer(
             retry_s=period_s,
             audit_s=period_s * (_AUDIT_PERIODS[kernel.backend] if has_watcher else 1),
@@ -543,6 +571,8 @@ class Daemon:
     # Events from below -----------------------------------------------------------------------------
 
     def _nudge(self, family: IPFamily) -> None:
+        if self._keeper is not None:
+            self._keeper.note()
         loop = self._loops.get(family)
         if loop is not None:
             loop.nudge()
@@ -615,6 +645,8 @@ class Daemon:
 
     def _node_changed(self, node: Node) -> None:
         self._health.set_node(eligible=node.is_eligible)
+        if self._keeper is not None:
+            self._keeper.note()
         if self._pod_cidrs is None:
             return
         if node.ips != self._node_ips:
@@ -675,6 +707,13 @@ def _told_quarantined(family: IPFamily, names: tuple[ServiceName, ...]) -> str |
         return None
     some = ", ".join(map(str, names[:_NAMED_SERVICES]))
     return f"{family.value}: rules refused for {len(names)} Services: {some}"
+
+
+def _told_restored(family: IPFamily, saved_at: float | None) -> str | None:
+    if saved_at is None:
+        return None
+    age_s = max(0.0, time.time() - saved_at)
+    return f"{family.value}: from the state file of {age_s:.0f} s ago, not from the API server"
 
 
 def _ensure_counters() -> None:

@@ -121,6 +121,7 @@ _OUR_FLAGS: Final = (
     Flag("manifests", flag_types.Paths(), "", "Take objects from this file or directory (YAML or JSON) instead of an API server; may be repeated.", group=_RULES, is_honoured_with_config=True),
     Flag("dispatch", flag_types.Choice("auto", "flat", "tree"), "auto", "Layout of KUBE-SERVICES and the other shared chains: flat is rule for rule as kube-proxy writes it; tree makes every lookup pass a few dozen rules; auto is a tree where there are more than 64 entries.", group=_RULES, is_honoured_with_config=True),
     Flag("status-socket", _TEXT, DEFAULT_PATH, "Tell root how things are on this unix socket (kubeproxy-py status); empty: nowhere.", is_honoured_with_config=True),
+    Flag("state-file", _TEXT, "/var/lib/kubeproxy-py/state", "Keep the last good state of the cluster in this file, for a reboot without an API server; empty: do not.", is_honoured_with_config=True),
     Flag("iptables-backend", flag_types.Choice("auto", "nft", "legacy"), "auto", "Which iptables programs to use; auto takes the ones this node's other programs use.", group=_RULES, is_honoured_with_config=True),
 )
 # fmt: on

@@ -86,6 +86,7 @@ class Settings:
     dispatch: Layout = "auto"
     iptables_backend: str = "auto"  # auto, nft, legacy
     status_socket: str = ""  # "": none
+    state_file: str = ""  # "": none is kept
     warnings: tuple[str, ...] = ()
     flag_values: Mapping[str, str] = field(default_factory=dict)  # for /flagz; sorted by name
 
@@ -248,6 +249,7 @@ def settings_from_flags(flag_values: FlagValues) -> Settings:
         dispatch=flag_values.value("dispatch"),
         iptables_backend=flag_values.value("iptables-backend"),
         status_socket=flag_values.value("status-socket"),
+        state_file=flag_values.value("state-file"),
         warnings=(*warnings, *gate_warnings, *_no_effect_warnings(flag_values)),
         flag_values=_shown_values(flag_values, effective),
     )

@@ -157,6 +157,21 @@ class Metrics:
             "Services that are not programmed as they should be because their rules were refused",
             _FAMILY,
         )
+        self.snapshot_saved_timestamp = gauge(
+            "snapshot_saved_timestamp_seconds",
+            "When the state that the state file has was current",
+        )
+        self.snapshot_bytes = gauge("snapshot_bytes", "Size of the state file")
+        self.snapshot_in_use = gauge(
+            "snapshot_in_use",
+            "1 while rules come from the state file because the API server has not answered",
+            _FAMILY,
+        )
+        self.snapshot_failures = counter(
+            "snapshot_failures_total",
+            "State files that could not be kept, read or written",
+            ("operation",),
+        )
         self.conntrack_failures = counter(
             "conntrack_reconciler_failures_total",
             "Reconciliations of conntrack entries that ended with an error",

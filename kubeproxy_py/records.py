@@ -40,7 +40,7 @@ TO_BE_DELETED_TAINT: Final = "ToBeDeletedByClusterAutoscaler"
 DEFAULT_AFFINITY_S: Final = 10800
 # What the kernel's `recent` match can count in jiffies without overflow at HZ=1000, and far above
 # the API's own limit of one day.
-_MAX_AFFINITY_S: Final = 2_000_000
+MAX_AFFINITY_S: Final = 2_000_000
 
 _PROTOCOLS: Final[dict[str, Protocol]] = {"TCP": "tcp", "UDP": "udp", "SCTP": "sctp"}
 # DNS-1123 label: namespaces, Services (since they became DNS-1123) and port names. 63 + 63 + 63
@@ -299,10 +299,10 @@ def _affinity(spec: objects.ServiceSpec, note: Note) -> int | None:
     seconds = client_ip.timeoutSeconds if client_ip else None
     if seconds is None:
         return DEFAULT_AFFINITY_S
-    if not 0 < seconds <= _MAX_AFFINITY_S:
+    if not 0 < seconds <= MAX_AFFINITY_S:
         note(
             "spec.sessionAffinityConfig.clientIP.timeoutSeconds",
-            f"{seconds} is not between 1 and {_MAX_AFFINITY_S}; {DEFAULT_AFFINITY_S} is used",
+            f"{seconds} is not between 1 and {MAX_AFFINITY_S}; {DEFAULT_AFFINITY_S} is used",
         )
         return DEFAULT_AFFINITY_S
     return seconds

@@ -132,6 +132,8 @@ class Syncer:
         self._live: chains.Tables | None = None
         self._echoes = echoes.Echoes()
         self._quarantine = Quarantine()
+        #: The rules come from the state file, because the API has not been heard yet.
+        self.is_restored = False
         #: Services that are set aside because their rules were refused.
         self.quarantined: tuple[ServiceName, ...] = ()
         #: Replaced as a whole, because other threads read them; None: it has not come to that yet.
@@ -188,7 +190,7 @@ class Syncer:
         Raises IptablesError if the rules could not be read, or not be written completely.
         """
         started = self._clock()
-        changes = self._store.take(self._family)
+        changes = self._take()
         if changes is None:
             return None
         self._trigger_times += changes.trigger_times
@@ -210,6 +212,25 @@ class Syncer:
         self._observe(is_full=is_full, seconds=result.seconds)
         self._finish(result)
         return result
+
+    def _take(self) -> Changes | None:
+        """Return what the API says or, before it has said anything, what the state file does.
+
+        Rules that are there are at least as new as any file: a daemon that starts again without an
+        API server leaves them alone. Only on a kernel without (a reboot, a flush) is old better than
+        nothing.
+        """
+        changes = self._store.take(self._family)
+        if changes is None and self._store.restored_at is not None:
+            if not self.is_restored and _has_services(self._kernel.save()):
+                return None
+            changes = self._store.take_restored(self._family)
+            if changes is None:
+                # The lists have come in between.
+                changes = self._store.take(self._family)
+        if changes is not None:
+            self.is_restored = changes.is_restored
+        return changes
 
     def _update_ruleset(self, changes: Changes) -> Collection[ServiceName] | None:
         """Take *changes* in; return the Services whose chains may differ, or None: all."""
@@ -467,7 +488,10 @@ class Syncer:
         internal, external = ruleset.lacking_local()
         metrics.no_local_endpoints.labels("internal", family).set(internal)
         metrics.no_local_endpoints.labels("external", family).set(external)
-        self._effects.publish_health_checks(ruleset.health_checks())
+        metrics.snapshot_in_use.labels(family).set(self.is_restored)
+        # Of the endpoints here, a reboot has left none; no load balancer is to be told otherwise on
+        # the word of a file.
+        self._effects.publish_health_checks({} if self.is_restored else ruleset.health_checks())
         if result.is_full:
             self._effects.release_memory()
         if self._has_stale_udp:
@@ -514,6 +538,10 @@ class Syncer:
         self._metrics.sync_duration.labels(family).observe(seconds)
         kind = self._metrics.sync_full_duration if is_full else self._metrics.sync_partial_duration
         kind.labels(family).observe(seconds)
+
+
+def _has_services(live: chains.Tables) -> bool:
+    return bool(live.get(rules.NAT, {}).get(rules.SERVICES))
 
 
 def _adopt(live: chains.Tables, desired: chains.Tables) -> None:

@@ -97,7 +97,8 @@ class Namespace:
         self.name = name
         self.netns = netns  # as `ip netns` knows it
         self.addresses = dict(own)
-        self._env = dict(env)
+        #: The environment of programs that run in it.
+        self.env = dict(env)
         self._children: list[subprocess.Popen[str]] = []
         self._fd = os.open(_NETNS_DIR / netns, os.O_RDONLY | os.O_CLOEXEC)
 
@@ -140,7 +141,7 @@ class Namespace:
                 stdin=subprocess.DEVNULL if input is None else None,
                 capture_output=True,
                 text=True,
-                env=self._env,
+                env=self.env,
                 timeout=timeout_s,
                 check=False,
             )
@@ -153,7 +154,7 @@ class Namespace:
 
     def popen(self, argv: Sequence[str], **kwargs: Any) -> subprocess.Popen[str]:
         """Start a program; it is ended when the lab is closed, if it is still running then."""
-        options: dict[str, Any] = {"env": self._env, "stdin": subprocess.DEVNULL} | kwargs
+        options: dict[str, Any] = {"env": self.env, "stdin": subprocess.DEVNULL} | kwargs
         with self.entered():
             child = subprocess.Popen(argv, text=True, **options)
         self._children.append(child)

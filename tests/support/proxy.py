@@ -4,9 +4,10 @@ import http.client
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Final
 
 from kubeproxy_py.iptables import chains
@@ -32,7 +33,14 @@ def own_rules(tables: chains.Tables) -> dict[tuple[str, str], tuple[str, ...]]:
 class Proxy:
     """One run of ``kubeproxy-py run`` in the lab's node namespace."""
 
-    def __init__(self, lab: Lab, backend: Backend, log: Path, arguments: Sequence[str]) -> None:
+    def __init__(
+        self,
+        lab: Lab,
+        backend: Backend,
+        log: Path,
+        arguments: Sequence[str],
+        environ: Mapping[str, str],
+    ) -> None:
         self.lab = lab
         self.backend: Final = backend
         self.log: Final = log
@@ -53,10 +61,13 @@ class Proxy:
                     "--conntrack-max-per-core=0",
                     "--conntrack-tcp-timeout-established=0",
                     "--conntrack-tcp-timeout-close-wait=0",
+                    # A test must not find what another one left on the host's disk.
+                    "--state-file=",
                     *arguments,
                 ],
                 stdout=subprocess.DEVNULL,
                 stderr=stream,
+                env={**lab.node.env, **environ},
             )
 
     # What it says ----------------------------------------------------------------------------------
@@ -137,9 +148,15 @@ class Proxy:
 
 
 @contextmanager
-def running(lab: Lab, backend: Backend, log: Path, *arguments: str) -> Iterator[Proxy]:
-    """Run the daemon, and kill it at the end if it still runs."""
-    proxy = Proxy(lab, backend, log, arguments)
+def running(
+    lab: Lab,
+    backend: Backend,
+    log: Path,
+    *arguments: str,
+    environ: Mapping[str, str] = MappingProxyType({}),
+) -> Iterator[Proxy]:
+    """Run the daemon, with *environ* besides the tests' own, and kill it if it runs at the end."""
+    proxy = Proxy(lab, backend, log, arguments, environ)
     try:
         yield proxy
     finally:

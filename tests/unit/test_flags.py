@@ -96,7 +96,7 @@ version=false
 vmodule=
 write-config-to=
 """
-OUR_FLAGS = {"dispatch", "iptables-backend", "manifests", "status-socket"}
+OUR_FLAGS = {"dispatch", "iptables-backend", "manifests", "state-file", "status-socket"}
 
 
 @click.command(cls=flag_types.Command)
