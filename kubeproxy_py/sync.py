@@ -132,7 +132,9 @@ class Syncer:
         self._live: chains.Tables | None = None
         self._echoes = echoes.Echoes()
         self._quarantine = Quarantine()
-        #: The rules come from the state file, because the API has not been heard yet.
+        # What is desired comes from the state file, because the API has not been heard yet;
+        self._wants_restored = False
+        #: and it is what the kernel has, too.
         self.is_restored = False
         #: Services that are set aside because their rules were refused.
         self.quarantined: tuple[ServiceName, ...] = ()
@@ -222,14 +224,14 @@ class Syncer:
         """
         changes = self._store.take(self._family)
         if changes is None and self._store.restored_at is not None:
-            if not self.is_restored and _has_services(self._kernel.save()):
+            if not self._wants_restored and _has_services(self._kernel.save()):
                 return None
             changes = self._store.take_restored(self._family)
             if changes is None:
                 # The lists have come in between.
                 changes = self._store.take(self._family)
         if changes is not None:
-            self.is_restored = changes.is_restored
+            self._wants_restored = changes.is_restored
         return changes
 
     def _update_ruleset(self, changes: Changes) -> Collection[ServiceName] | None:
@@ -488,6 +490,7 @@ class Syncer:
         internal, external = ruleset.lacking_local()
         metrics.no_local_endpoints.labels("internal", family).set(internal)
         metrics.no_local_endpoints.labels("external", family).set(external)
+        self.is_restored = self._wants_restored
         metrics.snapshot_in_use.labels(family).set(self.is_restored)
         # Of the endpoints here, a reboot has left none; no load balancer is to be told otherwise on
         # the word of a file.
