@@ -41,6 +41,7 @@ from kubeproxy_py import (
     options,
     pages,
     privileges,
+    pulses,
     recorder,
     snapshot,
     status,
@@ -72,6 +73,11 @@ _AUDIT_PERIODS: Final = {"legacy": 1, "nft": 20}
 # How long SIGTERM waits for threads: together with the rest, the process ends within two seconds.
 _STOP_S: Final = 1.0
 _TICK_S: Final = 1.0
+# A thread that has not turned for so long hangs. One iptables program may take 300 s before it is
+# given up, and nothing else takes that long.
+_LONGEST_TURN_S: Final = 330.0
+# An API server sends a bookmark about once a minute. Five that are missing are no accident.
+_LONGEST_SILENCE_S: Final = 300.0
 # How soon to look whether the Node is there: a local API server answers within milliseconds.
 _FIRST_LOOK_S: Final = 0.05
 
@@ -105,6 +111,8 @@ class Daemon:
         self._connection = self._connect()
         self._recorder = recorder.Recorder(self._connection, host=host.node_name(""))
         self._health = health.ProxyHealth(self._config.iptables.sync_period_s)
+        self._threads_alive = pulses.Pulses()
+        self._watches_heard = pulses.Pulses()
         self._http = httpserver.HttpServer()
         self._keeper: keeper.Keeper | None = None
         #: What can be asked on the status socket: ``status_socket`` says how to add to it.
@@ -404,6 +412,9 @@ class Daemon:
                 {name: check.local_endpoints for name, check in wanted.items()},
             )
 
+        thread = f"sync-{family.value}"
+        beat = self._threads_alive.expect(thread, _LONGEST_TURN_S)
+        self._health.add_liveness(thread, lambda: self._threads_alive.silence(thread))
         period_s = self._config.iptables.sync_period_s
         syncer = sync.Syncer(
             family,
@@ -419,6 +430,7 @@ class Daemon:
                 clean_conntrack=lambda build: reconciler.request(family, build),
                 report_quarantined=self._report_quarantined,
                 release_memory=host.release_memory,
+                beat=beat,
             ),
             metrics=self._metrics,
         )
@@ -427,7 +439,7 @@ class Daemon:
         )
         self._health.add_readiness(
             f"snapshot-{family.value}",
-            lambda: _told_restored(family, self._store.restored_at if syncer.is_restored else None),
+            lambda: _told_restored(self._store.restored_at if syncer.is_restored else None),
         )
         pacer = Pacer(
             retry_s=period_s,
@@ -442,6 +454,7 @@ class Daemon:
             metrics=self._metrics,
             suspects=drift.Suspects(period_s),
             tell=lambda news: self._report_news(family, news),
+            beat=beat,
         )
         self._gatherer.add_family(
             family,
@@ -536,6 +549,14 @@ class Daemon:
 
     def _spawn_watcher(self, kind: Kind) -> None:
         assert self._connection is not None
+        thread = f"watch-{kind}"
+        beat = self._threads_alive.expect(thread, _LONGEST_TURN_S)
+        heard = self._watches_heard.expect(kind, _LONGEST_SILENCE_S)
+        self._health.add_liveness(thread, lambda: self._threads_alive.silence(thread))
+        self._health.add_readiness(f"fresh-{kind}", lambda: self._watches_heard.silence(kind))
+        self._metrics.watch_staleness.labels(kind).set_function(
+            lambda: self._watches_heard.age_s(kind)
+        )
         watcher = watch.Watcher(
             kind,
             self._connection,
@@ -544,9 +565,11 @@ class Daemon:
             self._metrics,
             stop=self._stop,
             node_name=self._node_name,
+            beat=beat,
+            heard=heard,
         )
         self._gatherer.add_watch(watcher.state)
-        self._spawn(f"watch-{kind}", watcher.run)
+        self._spawn(thread, watcher.run)
 
     def _note_crash(self, args: threading.ExceptHookArgs) -> None:
         name = args.thread.name if args.thread else "?"
@@ -671,7 +694,9 @@ class Daemon:
 
     def _rest(self, seconds: float) -> bool:
         """Wait at most *seconds*, and tell systemd that we are alive; True: it is time to stop."""
-        self._notifier.alive()
+        # All of us: a thread that hangs is healed by a restart, and by nothing else.
+        if not self._threads_alive.has_silent():
+            self._notifier.alive()
         return self._stop.wait(min(seconds, self._notifier.watchdog_s or seconds))
 
     def _open_config_file(self) -> config_watch.ConfigFile | None:
@@ -709,11 +734,11 @@ def _told_quarantined(family: IPFamily, names: tuple[ServiceName, ...]) -> str |
     return f"{family.value}: rules refused for {len(names)} Services: {some}"
 
 
-def _told_restored(family: IPFamily, saved_at: float | None) -> str | None:
+def _told_restored(saved_at: float | None) -> str | None:
     if saved_at is None:
         return None
     age_s = max(0.0, time.time() - saved_at)
-    return f"{family.value}: from the state file of {age_s:.0f} s ago, not from the API server"
+    return f"from the state file of {age_s:.0f} s ago, not from the API server"
 
 
 def _ensure_counters() -> None:

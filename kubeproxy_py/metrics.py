@@ -147,6 +147,11 @@ class Metrics:
             "When the API server last sent anything on this watch, bookmarks included",
             ("kind",),
         )
+        self.watch_staleness = gauge(
+            "watch_staleness_seconds",
+            "How long ago the API server last sent anything on this watch, by a monotonic clock",
+            ("kind",),
+        )
         self.watch_reconnects = counter(
             "watch_reconnects_total",
             "Watches started again, by what ended the last",

@@ -63,6 +63,8 @@ class Effects(msgspec.Struct, frozen=True, kw_only=True):
     report_quarantined: Callable[[ServiceName, str], None]
     #: Called after a sync that read the whole kernel state, of which little is kept.
     release_memory: Callable[[], None]
+    #: Called before each restore, of which a big change needs many: the sync goes on.
+    beat: Callable[[], None]
 
 
 class SyncResult(msgspec.Struct, frozen=True, kw_only=True):
@@ -414,6 +416,7 @@ class Syncer:
 
     def _restore(self, batch: plan.Batch, live: chains.Tables, *, is_full: bool) -> None:
         family = self._family.value
+        self._effects.beat()
         text = batch.render()
         try:
             self._kernel.restore(text)

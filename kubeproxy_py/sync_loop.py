@@ -25,6 +25,8 @@ log = structlog.get_logger()
 _KEPT_REPAIRS: Final = 20
 # How long a fight lets rules be wrong at most, unless told otherwise: kube-proxy's period.
 _LONGEST_WAIT_S: Final = 30.0
+# A loop with nothing to do turns this often, to show that it still does.
+_LONGEST_REST_S: Final = 10.0
 # Enough to tell what a fight is about.
 _NAMED_CHAINS: Final = 10
 
@@ -79,6 +81,10 @@ def _to_nobody(_news: SyncResult | drift.Contest) -> None:
     pass
 
 
+def _nothing() -> None:
+    pass
+
+
 class SyncLoop:
     """Runs a Syncer whenever its Pacer says so, until stopped."""
 
@@ -92,6 +98,7 @@ class SyncLoop:
         metrics: Metrics,
         suspects: drift.Suspects | None = None,
         tell: Callable[[SyncResult | drift.Contest], None] = _to_nobody,
+        beat: Callable[[], None] = _nothing,
         clock: Callable[[], float] = time.monotonic,
         wall_clock: Callable[[], float] = time.time,
     ) -> None:
@@ -100,6 +107,8 @@ class SyncLoop:
         self._pacer = pacer
         self._health = health
         self._metrics = metrics
+        # Called at every turn, so that a loop which hangs is missed.
+        self._beat = beat
         self._clock = clock
         self._wall_clock = wall_clock
         # Called after each sync that succeeded and when a contest has begun; must not block.
@@ -152,6 +161,7 @@ class SyncLoop:
         """Wait until a sync is due; False when stopped."""
         with self._wake:
             while not self._is_stopped:
+                self._beat()
                 now = self._clock()
                 if self._suspects.due_at() <= now:
                     self._pacer.request(now)
@@ -168,7 +178,7 @@ class SyncLoop:
                 suspects_at = self._suspects.due_at()
                 if suspects_at > now:
                     left = min(left, suspects_at - now)
-                self._wake.wait(min(left, threading.TIMEOUT_MAX))
+                self._wake.wait(min(left, _LONGEST_REST_S))
             return False
 
     def _finish_look(self, now: float) -> None:
