@@ -614,10 +614,10 @@ class Daemon:
         log.warning(
             "object.invalid",
             kind=problem.kind,
-            namespace=problem.namespace,
+            namespace=problem.namespace[:_MAX_NAME],
             name=problem.name[:_MAX_NAME],
-            field=problem.field,
-            message=problem.message,
+            field=problem.field[:_MAX_NAME],
+            message=problem.message[:_MAX_NOTE],
         )
 
     def _report_news(self, family: IPFamily, news: sync.SyncResult | drift.Contest) -> None:

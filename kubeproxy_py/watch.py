@@ -360,7 +360,7 @@ class Watcher:
             body = self._body(response.pieces())
         try:
             page = _PAGE_DECODER.decode(body)
-        except msgspec.MsgspecError as error:
+        except api.UNREADABLE as error:
             raise _Damaged(f"cannot decode the list of {self._kind}: {error}") from error
         self._note_life()
         return page
@@ -412,7 +412,7 @@ class Watcher:
         self._note_life()
         try:
             event = _EVENT_DECODER.decode(line)
-        except msgspec.MsgspecError as error:
+        except api.UNREADABLE as error:
             self._damaged(error)
             if listing is not None:
                 listing.unreadable.add(_NOBODY)
@@ -433,7 +433,7 @@ class Watcher:
             case "ERROR":
                 raise self._error(event.object)
             case unknown:
-                log.warning("watch.unknown_event_ignored", kind=self._kind, type=unknown)
+                log.warning("watch.unknown_event_ignored", kind=self._kind, type=unknown[:80])
         return listing
 
     def _upsert(self, raw: msgspec.Raw) -> None:
@@ -475,14 +475,14 @@ class Watcher:
     def _error(self, raw: msgspec.Raw) -> errors.ApiError:
         try:
             status = msgspec.json.decode(raw, type=_Status)
-        except msgspec.MsgspecError:
+        except api.UNREADABLE:
             status = _Status(message="an error event without a readable Status")
-        text = f"cannot watch {self._kind}: {status.code}: {status.message}"
+        text = f"cannot watch {self._kind}: {status.code}: {status.message[: api.MAX_TOLD]}"
         if status.code == 410 or status.reason in {"Expired", "Gone"}:
             return errors.WatchExpired(text)
         return api.Refused(text, status.code)
 
-    def _damaged(self, error: msgspec.MsgspecError) -> None:
+    def _damaged(self, error: Exception) -> None:
         """Deal with a line that is no event: ask again once, then leave it out.
 
         Transport damage is gone the second time. What the server really sends would come for ever,
@@ -542,7 +542,7 @@ class Watcher:
         """Decode one object, or report why that is impossible."""
         try:
             decoded = self._decoder.decode(raw)
-        except msgspec.MsgspecError as error:
+        except api.UNREADABLE as error:
             broken = self._identify(raw)
             place = _PLACE.match(str(error))
             namespace, name = broken.key
@@ -562,7 +562,7 @@ class Watcher:
     def _identify(self, raw: msgspec.Raw) -> "_Unreadable":
         try:
             metadata = msgspec.json.decode(raw, type=_Identity).metadata
-        except msgspec.MsgspecError:
+        except api.UNREADABLE:
             return _Unreadable(_NOBODY)
         return _Unreadable(
             (metadata.namespace, metadata.name),
@@ -637,7 +637,11 @@ def _key(decoded: objects.Object) -> Key:
 
 def _is_older(one: str, other: str) -> bool:
     # Comparable as numbers since KEP-5504; a server that writes others is not judged.
-    return one.isdecimal() and other.isdecimal() and int(one) < int(other)
+    if not (one.isascii() and one.isdecimal() and other.isascii() and other.isdecimal()):
+        return False
+    # As text: Python makes no number of thousands of digits, and raises.
+    one, other = one.lstrip("0"), other.lstrip("0")
+    return (len(one), one) < (len(other), other)
 
 
 def _slim(decoded: objects.Object) -> None:
