@@ -162,6 +162,16 @@ class Metrics:
             "Services that are not programmed as they should be because their rules were refused",
             _FAMILY,
         )
+        self.audited_services = counter(
+            "audited_services_total",
+            "Services whose rules were compared with what building from nothing gives",
+            _FAMILY,
+        )
+        self.audit_mismatches = counter(
+            "audit_mismatches_total",
+            "Services whose rules were not what building from nothing gives",
+            _FAMILY,
+        )
         self.snapshot_saved_timestamp = gauge(
             "snapshot_saved_timestamp_seconds",
             "When the state that the state file has was current",

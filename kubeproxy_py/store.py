@@ -315,6 +315,26 @@ class Store:
                 is_restored=True,
             )
 
+    def demand_everything(self, family: IPFamily) -> None:
+        """Let the next taking be of everything, whether it changed or not."""
+        with self._lock:
+            self._families[family].is_everything_due = True
+
+    def names(self, family: IPFamily) -> list[ServiceName]:
+        """Return the names of all Services of *family*."""
+        with self._lock:
+            return list(self._families[family].ports)
+
+    def settled(
+        self, family: IPFamily, names: Iterable[ServiceName]
+    ) -> dict[ServiceName, ServiceState | None]:
+        """Return those of *names* of which everything was handed out; None: the Service is gone."""
+        with self._lock:
+            half = self._families[family]
+            if half.is_everything_due:
+                return {}
+            return {name: half.state(name) for name in names if name not in half.dirty}
+
     def states(self, family: IPFamily) -> Iterator[ServiceState]:
         """Yield all Services of *family*; others may change some meanwhile, so each is true by itself."""
         with self._lock:

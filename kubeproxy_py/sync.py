@@ -13,7 +13,7 @@ from typing import Final, Protocol
 import msgspec
 import structlog
 
-from kubeproxy_py import conntrack, drift, echoes, failures, rules
+from kubeproxy_py import audit, conntrack, drift, echoes, failures, rules
 from kubeproxy_py.dispatch import ChainId
 from kubeproxy_py.errors import BatchRejected, IptablesError, LockTimeout
 from kubeproxy_py.iptables import chains, plan
@@ -35,6 +35,8 @@ _TABLES: Final = (rules.FILTER, rules.NAT)
 _MAX_REFUSALS: Final = 20
 # A flush makes thousands drift; the first few tell what happened.
 _NAMED_CHAINS: Final = 10
+# Of Services that differ, too.
+_NAMED_SERVICES: Final = 10
 
 
 class Kernel(Protocol):
@@ -130,6 +132,9 @@ class Syncer:
         self._read_chain = read_chain
         self._clock = clock
         self._wall_clock = wall_clock
+        self._auditor = audit.Auditor(family, store, clock)
+        # The audit has found rules that are not what they should be.
+        self._is_doubtful = False
         # What the kernel has; None: unknown.
         self._live: chains.Tables | None = None
         self._echoes = echoes.Echoes()
@@ -173,6 +178,29 @@ class Syncer:
             self._is_auditing = True
             self._suspected |= look.chains
 
+    def audit(self) -> bool:
+        """Look whether a few Services' rules are what building from nothing gives; False: they differ.
+
+        If so, the next sync builds everything from nothing, and reads the kernel.
+        """
+        if not self._store.is_synced:
+            return True
+        before = self._auditor.compared
+        differing = self._auditor.look(self._ruleset, ignored=self._quarantine.cases)
+        family = self._family.value
+        self._metrics.audited_services.labels(family).inc(self._auditor.compared - before)
+        if not differing:
+            return True
+        self._metrics.audit_mismatches.labels(family).inc(len(differing))
+        log.error(
+            "audit.mismatch_found",
+            ip_family=family,
+            message="a bug: please report it; all rules are built anew",
+            services=[str(name) for name in differing[:_NAMED_SERVICES]],
+        )
+        self._is_doubtful = True
+        return False
+
     @property
     def retry_at(self) -> float:
         """Return when a Service that was set aside should be tried again; infinity: never."""
@@ -194,6 +222,8 @@ class Syncer:
         Raises IptablesError if the rules could not be read, or not be written completely.
         """
         started = self._clock()
+        if self._is_doubtful:
+            self._store.demand_everything(self._family)
         changes = self._take()
         if changes is None:
             return None
@@ -244,6 +274,10 @@ class Syncer:
             # What was programmed before, should the kernel refuse what is to come. A sync that
             # failed programmed nothing, so what stood before it still holds.
             self._before.setdefault(name, ruleset.state(name))
+        if self._is_doubtful:
+            # Nothing of what was computed before is used; the kernel is read again as well.
+            ruleset = self._ruleset = Ruleset(ruleset.options)
+            self._is_doubtful, self._live = False, None
         was_large = ruleset.is_large
         if changes.is_everything:
             self._rebuild(services, changes.zone)
