@@ -18,6 +18,7 @@ from tests.support.traffic import wait_until
 
 METRICS_PORT: Final = 10249
 HEALTH_PORT: Final = 10256
+_CLUSTER_CIDRS: Final = ",".join(PLANS[family].cluster_cidr for family in IPFamily)
 
 
 def own_rules(tables: chains.Tables) -> dict[tuple[str, str], tuple[str, ...]]:
@@ -46,7 +47,6 @@ class Proxy:
         self.log: Final = log
         # Namespaces of networks do not part /run, so each has its own.
         self.status_socket: Final = log.with_suffix(".sock")
-        cidrs = ",".join(PLANS[family].cluster_cidr for family in IPFamily)
         with log.open("ab") as stream:
             self.process = lab.node.popen(
                 [
@@ -54,7 +54,7 @@ class Proxy:
                     "--logging-format=json",
                     "--v=4",
                     "--hostname-override=node1",
-                    f"--cluster-cidr={cidrs}",
+                    f"--cluster-cidr={_CLUSTER_CIDRS}",
                     f"--iptables-backend={backend}",
                     f"--status-socket={self.status_socket}",
                     # nf_conntrack_max cannot be written outside of the first namespace.
@@ -119,6 +119,16 @@ class Proxy:
         programs = iptables_programs(self.backend, family)
         saved = self.lab.node.run([programs.save])
         return chains.parse_save(saved.stdout.splitlines())
+
+    def plan(self, *arguments: str) -> int:
+        """Return the exit status of ``kubeproxy-py plan``: 0 if the kernel is as it should be."""
+        argv = [
+            *(sys.executable, "-m", "kubeproxy_py", "plan", "--hostname-override=node1"),
+            f"--cluster-cidr={_CLUSTER_CIDRS}",
+            f"--iptables-backend={self.backend}",
+            *arguments,
+        ]
+        return self.lab.node.run(argv, check=False).returncode
 
     def is_synced(self) -> bool:
         """Tell whether every family has been programmed at least once."""
