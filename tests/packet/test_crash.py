@@ -2,6 +2,7 @@
 
 import random
 import threading
+import time
 
 import pytest
 
@@ -50,8 +51,10 @@ def test_killed_at_random_moments_it_leaves_connections_alone_and_ends_up_right(
                     assert proxy.process.poll() is None, proxy.log.read_text()[-2000:]
                     # Killed by the end of the block.
             last = running(clean_lab, backend, tmp_path / "last", *flags)
+            began = time.monotonic()
             with last as proxy:
                 proxy.wait_synced(DEADLINE_S)
+                print(f"{backend}: synced {time.monotonic() - began:.1f} s after the start")
                 for ticker in tickers:
                     ticker.wait_for_ticks(20)
                 changes.end()

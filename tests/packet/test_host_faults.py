@@ -67,6 +67,13 @@ def start(clean_lab, backend, api, tmp_path):
         context.__exit__(None, None, None)
 
 
+def told_s(what, condition):
+    """Wait for *condition*, and print how long that took, for docs/operations.md."""
+    began = time.monotonic()
+    condition()
+    print(f"{what}: {time.monotonic() - began:.1f} s")
+
+
 def livez(proxy):
     return proxy.get("/livez?verbose", HEALTH_PORT)
 
@@ -95,7 +102,10 @@ def test_programs_that_vanish_or_hang_show_cost_nothing_and_are_used_again(
     assert "[-]prompt-IPv4 failed" in livez(proxy)[1]
     assert answers(client, 1) == addresses(near)
     aside.rename(programs)
-    proxy.wait(lambda: answers(client, 1) == addresses(far), DEADLINE_S)
+    told_s(
+        "programs are back",
+        lambda: proxy.wait(lambda: answers(client, 1) == addresses(far), DEADLINE_S),
+    )
     proxy.wait(lambda: livez(proxy)[0] == 200)
 
     # Replaced by one that never ends.
@@ -114,7 +124,10 @@ def test_programs_that_vanish_or_hang_show_cost_nothing_and_are_used_again(
     for pid in children(proxy):
         if "sleep" in Path(f"/proc/{pid}/comm").read_text():
             os.kill(pid, signal.SIGKILL)
-    proxy.wait(lambda: answers(client, 1) == addresses(near), DEADLINE_S)
+    told_s(
+        "the program that hung is gone",
+        lambda: proxy.wait(lambda: answers(client, 1) == addresses(near), DEADLINE_S),
+    )
     proxy.wait(lambda: livez(proxy)[0] == 200)
 
 
@@ -134,7 +147,10 @@ def test_without_descriptors_it_waits_and_goes_on(start, api, clean_lab, servers
     api.cut_watches()
     proxy.wait(lambda: bool(proxy.events("watch.failed")))
     resource.prlimit(pid, resource.RLIMIT_NOFILE, before)
-    proxy.wait(lambda: answers(client, 1) == addresses(far), DEADLINE_S)
+    told_s(
+        "descriptors are back",
+        lambda: proxy.wait(lambda: answers(client, 1) == addresses(far), DEADLINE_S),
+    )
     api.apply_many(web(2, near))
     proxy.wait(lambda: answers(client, 2) == addresses(near), DEADLINE_S)
 
@@ -203,7 +219,10 @@ def test_a_black_hole_on_the_way_to_the_api_server_is_noticed_and_left(clean_lab
         assert len(heard) == last
         assert shelf.names == {"stays", "goes"}
         node.run(["nft", "delete", "table", "inet", "black_hole"])
-        wait_until(lambda: shelf.names == {"stays", "comes"}, timeout_s=DEADLINE_S)
+        told_s(
+            "the way is free",
+            lambda: wait_until(lambda: shelf.names == {"stays", "comes"}, timeout_s=DEADLINE_S),
+        )
     finally:
         stop.set()
         connection.close()
