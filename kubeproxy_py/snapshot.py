@@ -25,7 +25,7 @@ from kubeproxy_py.model import (
     ServiceState,
 )
 
-#: What a file may have at most, packed. 10,000 Services with 5 endpoints each take 1 MB.
+#: What a file may have at most, packed. 10,000 Services with 5 endpoints each take 0.4 MB.
 MAX_BYTES: Final = 64 << 20
 # Unpacked, which is what has to fit into memory: a damaged or hostile file must not fill it.
 _MAX_PLAIN: Final = 512 << 20
@@ -91,12 +91,19 @@ def identity(*facts: object) -> str:
 
 
 def pack(node: Node, services: Mapping[IPFamily, Iterable[ServiceState]]) -> bytes:
-    """Return the content of a file, without its header. Equal states give equal bytes."""
-    content = _Content(
-        node,
-        {family.value: [_ports(state) for state in states] for family, states in services.items()},
-    )
-    return zlib.compress(_ENCODER.encode(content), _LEVEL)
+    """Return the content of a file, without its header. Equal states give equal bytes.
+
+    Service by Service, so that the whole is never in memory unpacked.
+    """
+    packer = zlib.compressobj(_LEVEL)
+    parts = [packer.compress(b'{"node":' + _ENCODER.encode(node) + b',"services":{')]
+    for number, (family, states) in enumerate(services.items()):
+        parts.append(packer.compress(b"," * bool(number) + _ENCODER.encode(family.value) + b":["))
+        for index, state in enumerate(states):
+            text = _ENCODER.encode(_ports(state))
+            parts.append(packer.compress(b"," * bool(index) + text))
+        parts.append(packer.compress(b"]"))
+    return b"".join([*parts, packer.compress(b"}}"), packer.flush()])
 
 
 def _ports(state: ServiceState) -> list[_Port]:
