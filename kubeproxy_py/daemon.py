@@ -225,6 +225,7 @@ class Daemon:
                 self._store,
                 self._report,
                 stop=self._stop,
+                beat=self._expect_thread("manifests"),
             )
             self._spawn("manifests", source.run)
         else:
@@ -412,9 +413,7 @@ class Daemon:
                 {name: check.local_endpoints for name, check in wanted.items()},
             )
 
-        thread = f"sync-{family.value}"
-        beat = self._threads_alive.expect(thread, _LONGEST_TURN_S)
-        self._health.add_liveness(thread, lambda: self._threads_alive.silence(thread))
+        beat = self._expect_thread(f"sync-{family.value}")
         period_s = self._config.iptables.sync_period_s
         syncer = sync.Syncer(
             family,
@@ -547,12 +546,17 @@ class Daemon:
         self._threads.append(thread)
         thread.start()
 
+    def _expect_thread(self, name: str) -> Callable[[], None]:
+        """Let /livez miss the thread *name* when it hangs; return what it shows that it turns by."""
+        beat = self._threads_alive.expect(name, _LONGEST_TURN_S)
+        self._health.add_liveness(name, lambda: self._threads_alive.silence(name))
+        return beat
+
     def _spawn_watcher(self, kind: Kind) -> None:
         assert self._connection is not None
         thread = f"watch-{kind}"
-        beat = self._threads_alive.expect(thread, _LONGEST_TURN_S)
+        beat = self._expect_thread(thread)
         heard = self._watches_heard.expect(kind, _LONGEST_SILENCE_S)
-        self._health.add_liveness(thread, lambda: self._threads_alive.silence(thread))
         self._health.add_readiness(f"fresh-{kind}", lambda: self._watches_heard.silence(kind))
         self._metrics.watch_staleness.labels(kind).set_function(
             lambda: self._watches_heard.age_s(kind)

@@ -28,7 +28,7 @@ _GRACE_S: Final = 1.5
 # A burst of changes is one state. A reboot within these seconds finds the state before.
 _SETTLE_S: Final = 2.0
 # What is lost by an older state is what changed while the machine was going down, and little else; a
-# megabyte every half minute is what a cheap flash card bears for years.
+# few hundred kilobytes every half minute are what a cheap flash card bears for years.
 _INTERVAL_S: Final = 30.0
 
 

@@ -98,6 +98,9 @@ def test_programs_that_vanish_or_hang_show_cost_nothing_and_are_used_again(
     # A change that waits for two periods is late.
     proxy.wait(lambda: livez(proxy)[0] == 503)
 
+    # All threads turn; it is the change that waits.
+    for thread in ("sync-IPv4", "sync-IPv6", "watch-Node", "watch-Service", "watch-EndpointSlice"):
+        assert f"[+]{thread} ok" in livez(proxy)[1]
     assert "No such file" in proxy.events("sync.failed")[0]["error"]
     assert "[-]prompt-IPv4 failed" in livez(proxy)[1]
     assert answers(client, 1) == addresses(near)
