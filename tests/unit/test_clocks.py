@@ -9,13 +9,16 @@ from tests.support.world import World, desired
 PACKAGE = Path(__file__).parents[2] / "kubeproxy_py"
 # Who reads it, and what for.
 READERS = {
+    "conntrack.py": "when the last clean-up ended",
     "daemon.py": "when this process began; how old the state file's state is",
     "health.py": "times in bodies",
     "keeper.py": "when the state was saved",
     "pages.py": "how long this process has run",
     "recorder.py": "times of Events",
+    "status.py": "times and ages on the status page",
     "store.py": "changes that were triggered before the start are nobody's latency",
     "sync.py": "the programming latency, and when a sync last succeeded",
+    "sync_loop.py": "when syncs ended, for the status page",
     "watch.py": "when the server last sent anything",
 }
 
