@@ -233,13 +233,11 @@ class Daemon:
 
     def _start_keeper(self) -> None:
         """Keep the state on disk. Files are on disk already, and --init-only knows no state."""
-        if self._connection is None or self._settings.init_only:
-            return
-        file = keeper.open_file(self._settings.state_file, self._metrics)
-        if file is None:
+        path = self._settings.state_file
+        if not path or self._connection is None or self._settings.init_only:
             return
         self._keeper = keeper.Keeper(
-            file,
+            keeper.StateFile(Path(path)),
             self._store,
             self._metrics,
             node=self._node_name,

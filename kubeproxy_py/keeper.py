@@ -25,6 +25,8 @@ log = structlog.get_logger()
 # An API server that is there has answered by then, and its lists alone count; a node that has none is
 # without Services for so long.
 _GRACE_S: Final = 1.5
+# One that has told of the Node is there, and ten thousand Services take it a few seconds.
+_LISTING_S: Final = 10.0
 # A burst of changes is one state. A reboot within these seconds finds the state before.
 _SETTLE_S: Final = 2.0
 # What is lost by an older state is what changed while the machine was going down, and little else; a
@@ -86,20 +88,6 @@ class StateFile:
         return os.open(self._draft, flags, 0o600)
 
 
-def open_file(path: str, metrics: Metrics) -> StateFile | None:
-    """Return the state file, or None, with a warning, where none can be kept."""
-    if not path:
-        return None
-    file = StateFile(Path(path))
-    try:
-        file.prepare()
-    except OSError as error:
-        metrics.snapshot_failures.labels("prepare").inc()
-        log.warning("snapshot.unavailable", path=path, error=_reason(error))
-        return None
-    return file
-
-
 class Keeper:
     """Offers what the file has, then keeps it up to date. ``run`` belongs in a thread of its own."""
 
@@ -113,6 +101,7 @@ class Keeper:
         identity: str,
         stop: threading.Event,
         grace_s: float = _GRACE_S,
+        listing_s: float = _LISTING_S,
         settle_s: float = _SETTLE_S,
         interval_s: float = _INTERVAL_S,
         clock: Callable[[], float] = time.monotonic,
@@ -128,6 +117,7 @@ class Keeper:
             identity: of ``snapshot.identity``; a file with another one is not used.
             stop: ends ``run``.
             grace_s: how long the API server has before the file's state is offered.
+            listing_s: how long it has besides, if it has told of the Node by then.
             settle_s: how long after a change it is written, so that its siblings are in it.
             interval_s: the least time between two writes.
             clock: monotonic seconds.
@@ -140,6 +130,7 @@ class Keeper:
         self._identity = identity
         self._stop = stop
         self._grace_s = grace_s
+        self._listing_s = listing_s
         self._settle_s = settle_s
         self._interval_s = interval_s
         self._clock = clock
@@ -147,8 +138,8 @@ class Keeper:
         self._changed = threading.Event()
         self._written = ""  # digest of what the file has
         self._is_failing = False
-        metrics.snapshot_failures.labels("load")
-        metrics.snapshot_failures.labels("save")
+        for operation in ("prepare", "load", "save"):
+            metrics.snapshot_failures.labels(operation)
 
     def note(self) -> None:
         """Say that the state changed. Cheap; from any thread."""
@@ -160,6 +151,14 @@ class Keeper:
 
     def run(self) -> None:
         """Offer the file's state, then save until stopped. Raises nothing that a disk does."""
+        try:
+            self._file.prepare()
+        except OSError as error:
+            self._metrics.snapshot_failures.labels("prepare").inc()
+            log.warning("snapshot.unavailable", path=str(self._file.path), error=_reason(error))
+            # A thread that ends would end the daemon.
+            self._stop.wait()
+            return
         self._offer()
         while not self._stop.is_set():
             self._changed.wait()
@@ -172,7 +171,11 @@ class Keeper:
 
     def _offer(self) -> None:
         # Read only if it is needed: that takes half a second of a core at 10,000 Services.
-        if self._stop.wait(self._grace_s) or self._store.is_synced:
+        if self._stop.wait(self._grace_s):
+            return
+        if self._store.has_listed("Node") and self._stop.wait(self._listing_s):
+            return
+        if self._store.is_synced:
             return
         last = self._load()
         if last is not None and self._store.restore(last):

@@ -44,7 +44,7 @@ class Kept:
             identity="id",
             stop=self.stop,
             now=lambda: 1000.0,
-            **{"grace_s": 0.0, "settle_s": 0.0, "interval_s": 0.0, **options},
+            **{"grace_s": 0.0, "settle_s": 0.0, "interval_s": 0.0, "listing_s": 0.0, **options},
         )
         self.thread = threading.Thread(target=self.keeper.run)
 
@@ -99,7 +99,6 @@ def prepared(path):
 
 
 def test_changes_are_written_and_what_did_not_change_is_not(metrics, path):
-    keeper.StateFile(path).prepare()
     with Kept(metrics, path) as kept:
         kept.listed(*ITEMS)
         until(lambda: kept.names() == {"web"})
@@ -254,23 +253,34 @@ def test_a_draft_that_is_a_link_is_not_followed(path, tmp_path):
 
 def test_a_directory_that_cannot_be_made_switches_it_off(metrics, tmp_path):
     (tmp_path / "file").write_text("")
-    with capture_logs() as logs:
-        opened = keeper.open_file(str(tmp_path / "file" / "state"), metrics)
+    with capture_logs() as logs, Kept(metrics, tmp_path / "file" / "state") as kept:
+        kept.listed(*ITEMS)
+        until(lambda: kept.value("failures_total", operation="prepare") == 1)
+        assert kept.thread.is_alive()
 
-    assert opened is None
     assert [(entry["event"], entry["log_level"]) for entry in logs] == [
         ("snapshot.unavailable", "warning")
     ]
 
 
-def test_an_empty_path_switches_it_off_silently(metrics):
-    with capture_logs() as logs:
-        assert keeper.open_file("", metrics) is None
+def test_a_directory_that_is_missing_is_made(path):
+    keeper.StateFile(path).prepare()
 
-    assert logs == []
-
-
-def test_a_directory_that_is_missing_is_made(metrics, path):
-    assert keeper.open_file(str(path), metrics) is not None
     assert path.parent.stat().st_mode & 0o777 == 0o700
     assert list(path.parent.iterdir()) == []
+
+
+def test_a_server_that_has_told_of_the_node_has_longer(metrics, prepared):
+    kept = Kept(metrics, prepared, listing_s=1000.0)
+    kept.store.replace("Node", [states.decode(make_node("node1"))])
+    with kept:
+        kept.stop.wait(0.05)
+
+    assert kept.store.restored_at is None
+
+
+def test_a_server_that_has_told_of_the_node_has_not_for_ever(metrics, prepared):
+    kept = Kept(metrics, prepared, listing_s=0.0)
+    kept.store.replace("Node", [states.decode(make_node("node1"))])
+    with kept:
+        until(lambda: kept.store.restored_at == 900.0)
