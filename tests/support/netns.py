@@ -97,13 +97,17 @@ class Namespace:
         self.name = name
         self.netns = netns  # as `ip netns` knows it
         self.addresses = dict(own)
-        #: The environment of programs that run in it.
-        self.env = dict(env)
+        self._env = dict(env)
         self._children: list[subprocess.Popen[str]] = []
         self._fd = os.open(_NETNS_DIR / netns, os.O_RDONLY | os.O_CLOEXEC)
 
     def __repr__(self) -> str:
         return f"<Namespace {self.netns}>"
+
+    @property
+    def environment(self) -> Mapping[str, str]:
+        """The environment of programs that run in it."""
+        return self._env
 
     def address(self, family: IPFamily) -> str:
         return self.addresses[family]
@@ -141,7 +145,7 @@ class Namespace:
                 stdin=subprocess.DEVNULL if input is None else None,
                 capture_output=True,
                 text=True,
-                env=self.env,
+                env=self._env,
                 timeout=timeout_s,
                 check=False,
             )
@@ -154,7 +158,7 @@ class Namespace:
 
     def popen(self, argv: Sequence[str], **kwargs: Any) -> subprocess.Popen[str]:
         """Start a program; it is ended when the lab is closed, if it is still running then."""
-        options: dict[str, Any] = {"env": self.env, "stdin": subprocess.DEVNULL} | kwargs
+        options: dict[str, Any] = {"env": self._env, "stdin": subprocess.DEVNULL} | kwargs
         with self.entered():
             child = subprocess.Popen(argv, text=True, **options)
         self._children.append(child)

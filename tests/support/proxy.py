@@ -67,7 +67,7 @@ class Proxy:
                 ],
                 stdout=subprocess.DEVNULL,
                 stderr=stream,
-                env={**lab.node.env, **environ},
+                env={**lab.node.environment, **environ},
             )
 
     # What it says ----------------------------------------------------------------------------------
