@@ -11,7 +11,7 @@ from tests.support import storm
 from tests.support.api_server import ApiServer
 from tests.support.builders import make_node
 from tests.support.proxy import own_rules, running
-from tests.support.traffic import Ticker, wait_until
+from tests.support.traffic import Ticker
 from tests.support.webs import node_ips, service_ip, web
 
 pytestmark = pytest.mark.packet
@@ -59,7 +59,7 @@ def test_killed_at_random_moments_it_leaves_connections_alone_and_ends_up_right(
                     ticker.wait_for_ticks(20)
                 changes.end()
                 # What a fresh list says is what the kernel has: nothing would change.
-                wait_until(lambda: proxy.plan(kubeconfig) == 0, timeout_s=DEADLINE_S)
+                proxy.wait(lambda: proxy.plan(kubeconfig) == 0, DEADLINE_S)
                 assert any("web1-ipv4" in str(rules) for rules in own_rules(proxy.live()).values())
 
     assert changes.changes > 10 * kills

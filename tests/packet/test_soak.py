@@ -12,7 +12,6 @@ from tests.support import storm
 from tests.support.api_server import ApiServer
 from tests.support.builders import make_node
 from tests.support.proxy import running
-from tests.support.traffic import wait_until
 from tests.support.webs import node_ips, web
 
 pytestmark = pytest.mark.packet
@@ -85,7 +84,7 @@ def test_churn_leaves_the_process_as_it_was_and_the_rules_right(
                     api.cut_watches()
                 if time.monotonic() - began >= warm_up_s:
                     samples.append(sample(proxy.process.pid))
-        wait_until(lambda: proxy.plan(kubeconfig) == 0, timeout_s=DEADLINE_S)
+        proxy.wait(lambda: proxy.plan(kubeconfig) == 0, DEADLINE_S)
         audited = proxy.metric("kubeproxy_audited_services_total")
         mismatches = proxy.metric("kubeproxy_audit_mismatches_total")
 
