@@ -10,9 +10,9 @@ from kubeproxy_py.model import IPFamily
 from tests.support import storm
 from tests.support.api_server import ApiServer
 from tests.support.builders import make_node
+from tests.support.duos import node_ips, service_ip, web
 from tests.support.proxy import own_rules, running
 from tests.support.traffic import Ticker
-from tests.support.webs import node_ips, service_ip, web
 
 pytestmark = pytest.mark.packet
 

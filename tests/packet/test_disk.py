@@ -6,8 +6,8 @@ import pytest
 
 from tests.support.api_server import ApiServer
 from tests.support.builders import make_node
+from tests.support.duos import addresses, answers, node_ips, web
 from tests.support.proxy import HEALTH_PORT, running
-from tests.support.webs import addresses, answers, node_ips, web
 
 pytestmark = pytest.mark.packet
 

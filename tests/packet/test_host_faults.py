@@ -17,10 +17,10 @@ from kubeproxy_py.metrics import Metrics
 from kubeproxy_py.model import IPFamily
 from tests.support.api_server import ApiServer
 from tests.support.builders import make_node, make_service
+from tests.support.duos import addresses, answers, node_ips, web
 from tests.support.netns import iptables_programs
 from tests.support.proxy import HEALTH_PORT, running
 from tests.support.traffic import wait_until
-from tests.support.webs import addresses, answers, node_ips, web
 
 pytestmark = pytest.mark.packet
 

@@ -9,8 +9,8 @@ import pytest
 
 from tests.support.api_server import ApiServer
 from tests.support.builders import make_node
+from tests.support.duos import addresses, answers, names, node_ips, web
 from tests.support.proxy import HEALTH_PORT, own_rules, running
-from tests.support.webs import addresses, answers, names, node_ips, web
 
 pytestmark = pytest.mark.packet
 

@@ -11,8 +11,8 @@ import pytest
 from tests.support import storm
 from tests.support.api_server import ApiServer
 from tests.support.builders import make_node
+from tests.support.duos import node_ips, web
 from tests.support.proxy import running
-from tests.support.webs import node_ips, web
 
 pytestmark = pytest.mark.packet
 

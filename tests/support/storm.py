@@ -1,4 +1,4 @@
-"""Changes without a pause: Services of ``webs`` come, change and go."""
+"""Changes without a pause: Services of ``duos`` come, change and go."""
 
 import contextlib
 import random
@@ -8,8 +8,8 @@ from types import TracebackType
 from typing import Final, Self
 
 from tests.support.api_server import ApiServer
+from tests.support.duos import web
 from tests.support.netns import Namespace
-from tests.support.webs import web
 
 #: The numbers of the Services that change; number 1 never does.
 NUMBERS: Final = range(2, 42)
