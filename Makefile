@@ -9,8 +9,11 @@ BIN := $(VENV)/bin
 SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
 # What the daemon, the demo and the tests run (nfacct: only tests); python-iptables is compiled here.
 APT := python3-venv python3-dev gcc libc6-dev iptables iproute2 nftables conntrack nfacct openssl ca-certificates
+# What clients in the tests of e2e/ ask with; on a cluster, their image has both.
+APT += curl netcat-openbsd
 PYTEST := $(SUDO) $(BIN)/python -m pytest
 TYPED := kubeproxy_py tests/support benchmarks deploy/demo/demo.py tests/packet/conftest.py
+TYPED += $(filter-out e2e/test_%,$(wildcard e2e/*.py))
 
 .PHONY: help
 help: ## this list
@@ -54,6 +57,10 @@ fuzz: install ## hostile input, as hypothesis and atheris think of it: FUZZ_SECO
 	for parser in snapshot save config manifest event; do \
 	  $(BIN)/python -m tests.fuzz $$parser -max_total_time=$(FUZZ_SECONDS) -timeout=20 -artifact_prefix=build/; \
 	done
+
+.PHONY: e2e
+e2e: install ## tests on a cluster of kind made for them (E2E="--family dual"), or on another (E2E="--kubeconfig FILE")
+	$(BIN)/python -m e2e $(E2E)
 
 .PHONY: coverage
 coverage: install ## branch coverage of the pure modules, which must be complete

@@ -7,18 +7,24 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from benchmarks import figures, publish, report
+from benchmarks import drift, figures, publish, report
 from benchmarks import stage as stages
 from benchmarks.results import Cell, Layout, Results
 from tests.support.netns import Backend
 
 _SIZES = (100, 1_000, 5_000, 10_000, 30_000)
+# Around 32 and 64 entries, where --dispatch=auto changes between the layouts.
+_THRESHOLD_SIZES = (8, 16, 32, 64, 128, 256)
+_THRESHOLD_FIGURES = ("bare", "connect", "change", "create")
 # nft first: what legacy leaves behind when it is emptied are tables, which packets still pass.
 _BACKENDS: tuple[Backend, ...] = ("nft", "legacy")
 _LAYOUTS: tuple[Layout, ...] = ("tree", "flat")
 # Small syncs take less than a second, of which a hiccup of the machine is a good part.
 _REPEAT_UP_TO = 1_000
 _REPEATS = 3
+# On a running daemon; restart, which ends it, comes last.
+_FIGURES = {"drift": drift.drift, **figures.FIGURES}
+_PARTS = ("sync", *_FIGURES, "threshold")
 
 
 def main(argv: Sequence[str]) -> int:
@@ -44,9 +50,10 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--layouts", type=_choice(*_LAYOUTS), default=_LAYOUTS)
     parser.add_argument(
         "--only",
-        type=_choice("sync", *figures.FIGURES),
-        default=("sync", *figures.FIGURES),
-        help=f"of sync,{','.join(figures.FIGURES)}; sync is part of every run",
+        type=_choice(*_PARTS),
+        default=_PARTS,
+        help=f"of {','.join(_PARTS)}; sync is part of every run. threshold has sizes of its own, "
+        "and comes alone where nothing else is asked for",
     )
     parser.add_argument("--json", type=Path, help="write all raw samples")
     parser.add_argument("--load", type=Path, help="measure nothing: take what --json wrote")
@@ -72,15 +79,20 @@ def _measure(results: Results, options: argparse.Namespace) -> list[str]:
     """Measure all that is asked for into *results*; return what could not be measured."""
     began = time.monotonic()
     failures = []
-    for size in options.sizes:
+    runs = []
+    if set(options.only) != {"threshold"}:
+        runs += [(results, size, options.only) for size in options.sizes]
+    if "threshold" in options.only:
+        runs += [(results.threshold, size, _THRESHOLD_FIGURES) for size in _THRESHOLD_SIZES]
+    for part, size, only in runs:
         _say(began, f"{size} Services x {stages.ENDPOINTS} endpoints: building")
         with stages.build(size) as stage:
             # In the order of _BACKENDS, whatever the order they are asked for in.
             for backend in (each for each in _BACKENDS if each in options.backends):
                 for layout in options.layouts:
-                    cell = results.cell(size, backend, layout)
+                    cell = part.cell(size, backend, layout)
                     try:
-                        _measure_cell(cell, stage, options.only, lambda text: _say(began, text))
+                        _measure_cell(cell, stage, only, lambda text: _say(began, text))
                     except (AssertionError, OSError, RuntimeError) as error:
                         # The other cells are worth having, and take half an hour to get again.
                         failures.append(f"{size} {backend} {layout}: {error}")
@@ -106,7 +118,7 @@ def _measure_cell(
         cell.add(figures.initial_sync(run, started))
         say(f"{where}: sync {cell.samples['sync'][-1]:.2f} s")
         figures.wait_idle(run.proxy)
-        for name, figure in figures.FIGURES.items():
+        for name, figure in _FIGURES.items():
             if name in only:
                 cell.add(figure(run))
                 say(f"{where}: {name}")

@@ -9,12 +9,14 @@ import dataclasses
 import os
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Final, NamedTuple
 
 from benchmarks import stage as stages
+from benchmarks import tracking
 from benchmarks.clients import Churn
 from benchmarks.results import Layout
 from benchmarks.stage import Stage
@@ -48,6 +50,7 @@ _CONNECTS: Final = 100  # of one target before the next has its turn
 _ROUNDS: Final = 20  # spread over seconds, so that a disturbance does not hit one target only
 _RATE_CONNECTS: Final = 10_000  # in a row; few enough for conntrack's table of 65,536
 _BARES: Final = 10
+_LOOKS: Final = 5
 _START_LIMIT_S: Final = 300.0
 _HEALTH_POLL_S: Final = 0.05  # the metrics page costs the daemon milliseconds each time
 _IDLE_S: Final = 0.5  # without a tick (10 ms) of CPU time for so long, a daemon is idle
@@ -76,7 +79,9 @@ class Run:
 
 
 @contextlib.contextmanager
-def daemon(stage: Stage, backend: Backend, layout: Layout) -> Iterator[tuple[Run, float]]:
+def daemon(
+    stage: Stage, backend: Backend, layout: Layout, *arguments: str
+) -> Iterator[tuple[Run, float]]:
     """Start a daemon; give it, and when it was started (time.perf_counter())."""
     log = stage.lab.directory / "daemon.log"
     log.unlink(missing_ok=True)
@@ -88,6 +93,7 @@ def daemon(stage: Stage, backend: Backend, layout: Layout) -> Iterator[tuple[Run
         f"--kubeconfig={stage.kubeconfig}",
         f"--dispatch={layout}",
         "--v=0",
+        *arguments,
     ) as proxy:
         yield Run(stage, backend, layout, proxy), started
 
@@ -246,16 +252,103 @@ def churn(run: Run) -> Samples:
     return found | {"memory_churned": [_status_mib(run.proxy, "VmRSS")]}
 
 
+def conntrack(run: Run) -> Samples:
+    """Time the cleaning of a large connection table, and changes meanwhile.
+
+    The layout of rules has no part in it, so it is measured with one only.
+    """
+    if run.layout != "tree":
+        return {}
+    wait_idle(run.proxy)
+    found = tracking.measure(
+        run.stage,
+        run.proxy,
+        lambda: _status_mib(run.proxy, "VmHWM"),
+        lambda: _change_seconds(run, run.effort.changes // 2),
+    )
+    wait_idle(run.proxy)
+    return found
+
+
+def traffic(run: Run) -> Samples:
+    """Let traffic be counted: what a scrape costs, and what a change feels of it."""
+    run.proxy.end(signal.SIGTERM)
+    state = run.stage.lab.directory / "traffic.json"
+    with daemon(
+        run.stage,
+        run.backend,
+        run.layout,
+        "--traffic-metrics=service",
+        f"--traffic-metrics-state={state}",
+    ) as (again, started):
+        _wait_healthy(again.proxy, started)
+        # The first look learns names from all rules.
+        again.proxy.get("/metrics")
+        wait_idle(again.proxy)
+        found = {"look_first": [_looks(again.proxy).seconds], "look": [], "look_cpu": []}
+        for _ in range(_LOOKS):
+            before, cpu = _looks(again.proxy), _cpu_seconds(again.proxy)
+            # Looks take at most a tenth of the time.
+            time.sleep(max(1.0, 10 * (before.seconds / before.number)))
+            again.proxy.get("/metrics")
+            wait_idle(again.proxy)
+            used = _cpu_seconds(again.proxy).own - cpu.own
+            after = _looks(again.proxy)
+            number = max(1.0, after.number - before.number)
+            found["look"].append((after.seconds - before.seconds) / number)
+            found["look_cpu"].append(used / number)
+        with _scrapes(again.proxy):
+            found["look_change"] = _change_seconds(again, again.effort.changes)
+        wait_idle(again.proxy)
+        return found | {"look_memory": [_status_mib(again.proxy, "VmRSS")]}
+
+
+class _Looks(NamedTuple):
+    number: float
+    seconds: float
+
+
+def _looks(proxy: Proxy) -> _Looks:
+    name = "kubeproxy_traffic_look_duration_seconds"
+    family = IPFamily.V4.value
+    return _Looks(
+        proxy.metric(f"{name}_count", ip_family=family),
+        proxy.metric(f"{name}_sum", ip_family=family),
+    )
+
+
+@contextlib.contextmanager
+def _scrapes(proxy: Proxy) -> Iterator[None]:
+    """Scrape every second, so that as many looks are made as the daemon allows."""
+    stop = threading.Event()
+
+    def scrape() -> None:
+        while not stop.wait(1.0):
+            proxy.get("/metrics")
+
+    thread = threading.Thread(target=scrape)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+
+
 def restart(run: Run) -> Samples:
     """Stop the daemon, start another on the same rules: time until healthy, and what it writes."""
     run.proxy.end(signal.SIGTERM)
     with daemon(run.stage, run.backend, run.layout) as (again, started):
-        while not _is_healthy(again.proxy):
-            if time.perf_counter() - started > _START_LIMIT_S or again.proxy.process.poll():
-                raise RuntimeError(f"cannot see a healthy daemon within {_START_LIMIT_S} s")
-            time.sleep(_HEALTH_POLL_S)
+        _wait_healthy(again.proxy, started)
         seconds = time.perf_counter() - started
         return {"restart": [seconds], "restart_restores": [_restores(again.proxy)]}
+
+
+def _wait_healthy(proxy: Proxy, started: float) -> None:
+    while not _is_healthy(proxy):
+        if time.perf_counter() - started > _START_LIMIT_S or proxy.process.poll():
+            raise RuntimeError(f"cannot see a healthy daemon within {_START_LIMIT_S} s")
+        time.sleep(_HEALTH_POLL_S)
 
 
 def _change_seconds(run: Run, n: int) -> list[float]:
@@ -351,7 +444,7 @@ def _is_healthy(proxy: Proxy) -> bool:
         return False
 
 
-#: Measured on a running daemon, in this order; "sync" comes before them and "restart" after.
+#: Measured on a running daemon, in this order; "sync" comes before them. The last two start their own.
 FIGURES: Final[dict[str, Callable[[Run], Samples]]] = {
     "bare": bare_restores,
     "memory": memory,
@@ -361,5 +454,7 @@ FIGURES: Final[dict[str, Callable[[Run], Samples]]] = {
     "create": create,
     "busy": busy,
     "churn": churn,
+    "conntrack": conntrack,
+    "traffic": traffic,
     "restart": restart,
 }

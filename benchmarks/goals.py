@@ -35,6 +35,7 @@ def judge(results: Results) -> list[Judgement]:
         *_connects(results),
         *_memory(results),
         *_restarts(results),
+        *_conntrack(results),
     ]
 
 
@@ -113,6 +114,22 @@ def _restarts(results: Results) -> Iterator[Judgement]:
             yield Judgement(f"{title}, to healthy", median(found), 6, "s")
             restores = _samples(results, 10_000, backend, "restart_restores")
             yield Judgement(f"{title}, restores", max(restores), 0, "")
+
+
+def _conntrack(results: Results) -> Iterator[Judgement]:
+    for backend in _BACKENDS:
+        for size in results.sizes:
+            full = _samples(results, size, backend, "conntrack_change")
+            empty = _samples(results, size, backend, "conntrack_change_empty")
+            if full and empty:
+                title = (
+                    f"{backend} {size:,}x5: one endpoint changed while a full connection table is"
+                )
+                ratio = median(full) / median(empty)
+                yield Judgement(f"{title} cleaned, p50, against an empty one", ratio, 1.5, "times")
+            for found in _samples(results, size, backend, "conntrack_memory"):
+                title = f"{backend} {size:,}x5: memory for cleaning a full connection table"
+                yield Judgement(title, found, 2, "MiB")
 
 
 def _samples(results: Results, size: int, backend: str, series: str) -> list[float]:

@@ -43,8 +43,11 @@ def publish(results: Results, docs: Path) -> None:
         ("machine", results.machine),
         ("goals", report.goals_markdown(results)),
         ("figures", report.figures_markdown(results)),
+        ("threshold", report.threshold_markdown(results)),
     ):
-        text = _replaced(text, mark, content)
+        # What was not measured this time stays as it is.
+        if content:
+            text = _replaced(text, mark, content)
     page.write_text(text)
 
 

@@ -17,6 +17,11 @@ def text(results: Results) -> str:
     for size in results.sizes:
         parts.append(f"\n{size:,} Services x 5 endpoints")
         parts.append(_aligned(_size_table(results, size)))
+    if results.threshold_cells:
+        parts += [
+            "\nFlat or a tree",
+            _aligned(_figure_table(results.threshold, series.THRESHOLD_ROWS)),
+        ]
     judged = _goal_table(results)
     if len(judged) > 1:
         parts += ["\nGoals", _aligned(judged)]
@@ -30,15 +35,14 @@ def goals_markdown(results: Results) -> str:
 
 def figures_markdown(results: Results) -> str:
     """Return one table: a row for each figure and column, a column for each size."""
-    head = ["figure", "rules", *(f"{size:,}" for size in results.sizes)]
-    lines = [head]
-    for row in series.ROWS:
-        for backend, layout in COLUMNS:
-            values = [row.value(results, size, backend, layout) for size in results.sizes]
-            if any(value is not None for value in values):
-                title = f"{row.title} ({row.unit})" if row.unit else row.title
-                lines.append([title, f"{backend} {layout}", *map(_number, values)])
-    return _markdown(_without_repeats(lines))
+    return _markdown(_figure_table(results, series.ROWS))
+
+
+def threshold_markdown(results: Results) -> str:
+    """Return the same of both layouts at small sizes, "" if they were not measured."""
+    if not results.threshold_cells:
+        return ""
+    return _markdown(_figure_table(results.threshold, series.THRESHOLD_ROWS))
 
 
 def iptables_version() -> str:
@@ -59,6 +63,18 @@ def _size_table(results: Results, size: int) -> list[list[str]]:
         if any(value is not None for value in values):
             lines.append([row.title, *map(_number, values), row.unit])
     return lines
+
+
+def _figure_table(results: Results, rows: Sequence[series.Row]) -> list[list[str]]:
+    """Return a line for each row and column, a cell for each size."""
+    lines = [["figure", "rules", *(f"{size:,}" for size in results.sizes)]]
+    for row in rows:
+        for backend, layout in COLUMNS:
+            values = [row.value(results, size, backend, layout) for size in results.sizes]
+            if any(value is not None for value in values):
+                title = f"{row.title} ({row.unit})" if row.unit else row.title
+                lines.append([title, f"{backend} {layout}", *map(_number, values)])
+    return _without_repeats(lines)
 
 
 def _goal_table(results: Results) -> list[list[str]]:

@@ -34,11 +34,22 @@ class Results:
 
     machine: str
     cells: list[Cell] = dataclasses.field(default_factory=list)
+    #: Small sizes, around the number of entries where the daemon chooses between the layouts.
+    threshold_cells: list[Cell] = dataclasses.field(default_factory=list)
 
     @classmethod
     def read(cls, path: Path) -> Self:
         loaded: dict[str, Any] = json.loads(path.read_text())
-        return cls(loaded["machine"], [Cell(**cell) for cell in loaded["cells"]])
+        return cls(
+            loaded["machine"],
+            [Cell(**cell) for cell in loaded["cells"]],
+            [Cell(**cell) for cell in loaded.get("threshold_cells", [])],
+        )
+
+    @property
+    def threshold(self) -> "Results":
+        """Return what was measured around the threshold, as results of their own; cells are shared."""
+        return Results(self.machine, self.threshold_cells)
 
     def write(self, path: Path) -> None:
         path.write_text(json.dumps(dataclasses.asdict(self)) + "\n")

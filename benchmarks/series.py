@@ -52,11 +52,52 @@ ROWS: Final = (
     Row("100/s: restores", "churn_restores", median, "/s"),
     Row("100/s: CPU of the daemon", "churn_cpu", median, "%"),
     Row("100/s: CPU of the programs it runs", "churn_cpu_programs", median, "%"),
+    *(
+        Row(f"{title}, until it is repaired, {name}", f"drift_{kind}", statistic, "s")
+        for kind, title in (
+            ("rule", "a rule deleted"),
+            ("foreign", "a foreign rule"),
+            ("chain", "a chain flushed"),
+            ("rename", "a chain renamed"),
+            ("jump", "a jump deleted"),
+            ("flush", "nat flushed"),
+        )
+        for name, statistic in (("p50", median), ("max", max))
+    ),
+    Row("traffic counted: one look at all counters", "look", median, "s"),
+    Row("traffic counted: the first look", "look_first", median, "s"),
+    Row("traffic counted: daemon's own CPU per scrape", "look_cpu", median, "s"),
+    Row("traffic counted: memory", "look_memory", median, "MiB"),
+    Row(
+        "traffic counted, scraped every second: one endpoint changed, p50",
+        "look_change",
+        median,
+        "ms",
+        _MS,
+    ),
     Row("restart with nothing changed, to healthy", "restart", median, "s"),
     Row("restart with nothing changed, restores", "restart_restores", median, ""),
     Row("memory, idle after the first sync", "memory", median, "MiB"),
     Row("memory, after churn", "memory_churned", median, "MiB"),
     Row("memory, peak of the first sync", "memory_peak", median, "MiB"),
+    Row("connection tracking: entries, half UDP", "conntrack_entries", median, ""),
+    Row("connection tracking: cleaning them once", "conntrack_clean", median, "s"),
+    Row("connection tracking: memory for it", "conntrack_memory", median, "MiB"),
+    Row("connection tracking: share of time cleaned", "conntrack_busy", median, "%"),
+    *(
+        Row(
+            f"one endpoint changed while {what}, {name}",
+            f"conntrack_{series}",
+            statistic,
+            "ms",
+            _MS,
+        )
+        for what, series in (
+            ("a full table is cleaned", "change"),
+            ("an empty one is, as often", "change_empty"),
+        )
+        for name, statistic in (("p50", median), ("p99", p99))
+    ),
     Row("connect without a rule, minimum", "connect_bare", min, "µs", _US),
     *(
         Row(f"connect to {title}, minimum added", f"connect_{name}", min, "µs", _US, "connect_bare")
@@ -74,4 +115,14 @@ ROWS: Final = (
     ),
     Row("connections per second without a rule", "rate_bare", median, "/s"),
     Row("connections per second to the last Service", "rate_last", median, "/s"),
+)
+
+#: What the choice between the layouts depends on, at the small sizes where it is made.
+THRESHOLD_ROWS: Final = tuple(
+    row
+    for row in ROWS
+    if row.statistic is not p99
+    and row.series
+    in {"change", "create", "connect_first", "connect_middle", "connect_last", "connect_none"}
+    and (row.statistic is min or not row.minus)
 )

@@ -103,6 +103,7 @@ class Response:
     ) -> None:
         """*request* names the request in errors; *done* is called on close."""
         self.status: Final = raw.status
+        self.headers: Final[Mapping[str, str]] = raw.headers
         self._raw = raw
         self._request = request
         self._done = done

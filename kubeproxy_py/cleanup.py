@@ -15,7 +15,7 @@ import structlog
 
 from kubeproxy_py import rules
 from kubeproxy_py.errors import IptablesError
-from kubeproxy_py.iptables import chains, plan, runner
+from kubeproxy_py.iptables import backends, chains, plan, runner
 from kubeproxy_py.model import IPFamily
 
 log = structlog.get_logger()
@@ -66,10 +66,25 @@ def clean(families: Iterable[IPFamily], backends: Iterable[runner.Backend]) -> b
             try:
                 programs = runner.find_programs(family, backend)
             except IptablesError as error:
-                log.debug("cleanup.skipped", error=str(error))
+                is_clean = _is_nothing_there(family, backend, str(error)) and is_clean
                 continue
             is_clean = _clean_one(programs) and is_clean
     return remove_nft_mode_tables() and is_clean
+
+
+def _is_nothing_there(family: IPFamily, backend: runner.Backend, why_not: str) -> bool:
+    """Tell whether a backend without programs has nothing to remove; say so if it has."""
+    try:
+        is_clean = not any(
+            chains.is_ours(*chain) for chain in backends.chain_names(family, backend)
+        )
+    except IptablesError as error:
+        is_clean, why_not = False, str(error)
+    if is_clean:
+        log.debug("cleanup.skipped", error=why_not)
+    else:
+        log.error("cleanup.failed", ip_family=family.value, backend=backend, error=why_not)
+    return is_clean
 
 
 def _clean_one(programs: runner.Programs) -> bool:

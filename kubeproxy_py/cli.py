@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import os
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,8 +14,8 @@ import msgspec
 import structlog
 
 import kubeproxy_py
-from kubeproxy_py import cleanup as cleaning
 from kubeproxy_py import (
+    addresses,
     config,
     daemon,
     desired,
@@ -32,12 +33,18 @@ from kubeproxy_py import (
     status_text,
     sync,
     sysctls,
+    top,
+    top_command,
 )
+from kubeproxy_py import cleanup as cleaning
 from kubeproxy_py import log as logging
 from kubeproxy_py import rules as rule_names
 from kubeproxy_py.errors import BackendMissing, ConfigError, KubeProxyError
 from kubeproxy_py.iptables import plan, runner
 from kubeproxy_py.model import IPFamily, Problem
+from kubeproxy_py.preflight import command as preflight
+from kubeproxy_py.preflight import findings
+from kubeproxy_py.preflight import text as preflight_text
 from kubeproxy_py.ruleset import Ruleset
 from kubeproxy_py.store import Store
 
@@ -327,6 +334,50 @@ def _coloured(text: str, state: str) -> str:
     return click.style(text, fg=_COLOURS[state], bold=True)
 
 
+@cli.command("top")
+@click.option(
+    "--interval", type=float, default=2.0, show_default=True, help="Seconds between two looks."
+)
+@click.option(
+    "--namespace",
+    type=flag_types.Namespaces(),
+    multiple=True,
+    help="Only Services of this namespace; may be repeated.",
+)
+@click.option("--sort", type=click.Choice(top.SORTS), default="rate", show_default=True)
+@click.option("--once", is_flag=True, help="Print what happened in one interval, and end.")
+@click.option("--output", type=click.Choice(["table", "json"]), default="table", show_default=True)
+@click.option("--ip-family", type=flag_types.Choice("ipv4", "ipv6"), help="Only this family.")
+@click.option(
+    "--iptables-backend",
+    type=flag_types.Choice("auto", "nft", "legacy"),
+    default="auto",
+    show_default=True,
+    help="Which iptables programs to use; auto takes the ones this node's other programs use.",
+)
+def top_of_services(
+    interval: float,
+    namespace: tuple[tuple[str, ...], ...],
+    sort: top.Sort,
+    *,
+    once: bool,
+    output: top_command.Output,
+    ip_family: str | None,
+    iptables_backend: str,
+) -> None:
+    """Show which Services get new connections, and how many: live, or --once.
+
+    From the counters of this host's rules, whoever wrote them: no daemon is needed.
+    """
+    privileges.require_netfilter()
+    family = None if ip_family is None else flags.FAMILIES[ip_family]
+    asked = top_command.Asked(
+        interval, tuple(name for names in namespace for name in names), sort, once, output
+    )
+    programs = _programs(host.choose_backend(iptables_backend), family)
+    top_command.run(asked, top_command.sources(programs))
+
+
 def _facts_of_host(stated: flags.HostFacts, kernel: runner.Iptables) -> flags.HostFacts:
     """Complete what was stated with what `run` would find out here."""
     found = tuple(
@@ -359,7 +410,41 @@ def _build(
     settings: flags.Settings, store: Store, host_facts: flags.HostFacts, family: IPFamily
 ) -> Ruleset:
     node_name = host.node_name(settings.hostname_override)
-    return desired.build(settings, store, host_facts, node_name, family)
+    ruleset = desired.build(settings, store, host_facts, node_name, family)
+    refused = [found for found in store.refusals() if addresses.family_of(found.ip) is family]
+    if refused:
+        listed = "".join(f"\n  {refusal}" for refusal in refused)
+        click.echo(f"left out, as the daemon would:{listed}", err=True)
+    return ruleset
+
+
+@cli.command(
+    "check", cls=flag_types.Command, short_help="Look for what would trouble `run` on this host."
+)
+@flags.proxy_flags
+@click.option("--output", type=click.Choice(["text", "json"]), default="text", show_default=True)
+@click.option("--verbose", is_flag=True, help="Show what is well, too.")
+def check(flag_values: flags.FlagValues, output: str, *, verbose: bool) -> None:
+    """Look for what would trouble `run` on this host and with these flags. Changes nothing.
+
+    Takes the flags of `run`. Without any that names a cluster or files, the host alone is looked at.
+    Exit status: 0 nothing above information, 2 warnings, 1 errors.
+    """
+    # Findings are the log of this command; --v=1 shows that of the parts it uses.
+    logging.configure(verbosity=flag_values.value("v") or -1)
+    found = preflight.check(flag_values)
+    if output == "json":
+        click.echo(preflight_text.as_json(found))
+    else:
+        width, _ = shutil.get_terminal_size()
+        style = _severity_style if sys.stdout.isatty() else None
+        click.echo(preflight_text.as_text(found, verbose=verbose, width=width, style=style))
+    sys.exit(findings.exit_status(found))
+
+
+def _severity_style(text: str, severity: findings.Severity) -> str:
+    colours = {"error": "red", "warning": "yellow"}
+    return click.style(text, fg=colours.get(severity), bold=severity in colours)
 
 
 @cli.command(

@@ -11,7 +11,7 @@ import queue
 import signal
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Final
@@ -22,21 +22,25 @@ from prometheus_client import CollectorRegistry
 import kubeproxy_py
 from kubeproxy_py import (
     api,
+    backend_watch,
     capabilities,
     cleanup,
     config,
     config_watch,
     conntrack,
     drift,
+    external,
     health,
     host,
     hostnet,
     httpserver,
     keeper,
+    lookout,
     manifests,
     metrics,
     nfacct,
     node_events,
+    node_ports,
     notify,
     options,
     pages,
@@ -49,12 +53,14 @@ from kubeproxy_py import (
     sync,
     sync_loop,
     sysctls,
+    traffic_meter,
+    traffic_state,
     watch,
 )
 from kubeproxy_py import log as logging
 from kubeproxy_py.errors import ConfigError, KubeProxyError
 from kubeproxy_py.flags import Settings
-from kubeproxy_py.iptables import events, infos, lock, probe, runner
+from kubeproxy_py.iptables import backends, counters, events, infos, lock, probe, runner
 from kubeproxy_py.model import IPFamily, Kind, Node, Problem, ServiceName
 from kubeproxy_py.pacer import Pacer
 from kubeproxy_py.ruleset import HealthCheck, Ruleset
@@ -101,6 +107,7 @@ class Daemon:
         # Changed by the families' threads, under the lock. Replaced as a whole: others read it.
         self._loops: dict[IPFamily, sync_loop.SyncLoop] = {}
         self._counts_packets = False
+        self._meters: dict[IPFamily, traffic_meter.FamilyMeter] = {}
         self._node_name = host.node_name(settings.hostname_override)
         # What cannot work on any node is refused before anything on this one is touched.
         for family in IPFamily:
@@ -129,7 +136,7 @@ class Daemon:
 
     def run(self) -> int:
         """Run until a signal or a failure; return the exit status."""
-        host.share_memory()
+        host.tune_interpreter()
         threading.Thread(target=self._stop_by_signal, name="signals", daemon=True).start()
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._note_signal)
@@ -168,10 +175,12 @@ class Daemon:
             report=self._report,
             changed=self._nudge,
             node_changed=self._node_changed,
-            allow_external_ips=config.allows_service_external_ips(self._config),
+            policy=options.external_policy(self._config, self._settings.external_ips_allow),
+            refused=self._report_refused,
         )
         self._gatherer.backend = backend
         self._gatherer.node = lambda: self._store.node
+        self._gatherer.refused_addresses = lambda: [*map(str, self._store.refusals())]
         self._start_sources_of_nodes()
         self._start_keeper()
         if not self._settings.init_only:
@@ -242,7 +251,9 @@ class Daemon:
             self._metrics,
             node=self._node_name,
             identity=snapshot.identity(
-                self._connection.server, config.allows_service_external_ips(self._config)
+                self._connection.server,
+                config.allows_service_external_ips(self._config),
+                *self._settings.external_ips_allow,
             ),
             stop=self._stop,
         )
@@ -305,6 +316,15 @@ class Daemon:
         self._gatherer.conntrack = lambda: reconciler.last
         self._undo.append(reconciler.stop)
         rule_watcher = self._watch_rules(kernels)
+        others = backend_watch.BackendWatch(
+            next(iter(kernels.values())).backend,
+            tuple(kernels),
+            self._metrics,
+            wait=self._stop.wait,
+        )
+        self._health.add_readiness("backends", others.reason)
+        self._spawn("backend-watch", others.run)
+        self._start_traffic(kernels)
         cidrs = options.node_port_cidrs(self._config, ips)
         if any(listed is not None for listed in cidrs.values()):
             # Node ports follow the addresses of the interfaces.
@@ -320,6 +340,7 @@ class Daemon:
                 self._program, family, kernel.programs, ips, reconciler, rule_watcher
             )
             self._spawn(f"sync-{family.value}", program)
+        self._start_lookout(ips, tuple(kernels))
         if not self._settings.manifests:
             self._spawn_watcher("Service")
             self._spawn_watcher("EndpointSlice")
@@ -419,6 +440,9 @@ class Daemon:
             ruleset=Ruleset(built),
             kernel=kernel,
             read_chain=kernel.read_chain if kernel.backend == "nft" else None,
+            list_chains=functools.partial(backends.chain_names, family, "nft")
+            if kernel.backend == "nft"
+            else None,
             max_batch_rules=sync.NFT_BATCH_RULES if kernel.backend == "nft" else None,
             effects=sync.Effects(
                 node_port_addresses=served,
@@ -428,6 +452,7 @@ class Daemon:
                 report_quarantined=self._report_quarantined,
                 release_memory=host.release_memory,
                 beat=beat,
+                writing=self._meters[family].writing if self._meters else sync.unwatched,
             ),
             metrics=self._metrics,
         )
@@ -468,6 +493,36 @@ class Daemon:
         )
         return loop
 
+    def _start_lookout(self, ips: options.NodeIPs, families: Sequence[IPFamily]) -> None:
+        cidrs = options.node_port_cidrs(self._config, ips)
+
+        def ways(family: IPFamily) -> lookout.Family:
+            on_loopback = family is IPFamily.V4 and options.has_localhost_node_ports(
+                self._config, cidrs
+            )
+
+            def reach() -> node_ports.Reach:
+                local = host.addresses_of(family)
+                served = options.served_addresses(cidrs[family], local, allows_loopback=on_loopback)
+                return node_ports.Reach(served, on_loopback)
+
+            return lookout.Family(
+                lambda: self._store.service_ports(family),
+                reach,
+            )
+
+        found = lookout.Lookout(
+            {family: ways(family) for family in families},
+            is_ready=lambda: self._store.is_synced,
+            metrics=self._metrics,
+            tell=self._report_notice,
+            node_ips=lambda: self._node_ips,
+            api=external.api_address(self._connection.server) if self._connection else None,
+        )
+        self._gatherer.doubts = lambda: [*map(str, found.notices)]
+        self._undo.append(found.stop)
+        self._spawn("lookout", found.run)
+
     def _watch_rules(
         self, kernels: Mapping[IPFamily, runner.Iptables]
     ) -> events.NftWatcher | infos.LegacyWatcher | None:
@@ -485,6 +540,31 @@ class Daemon:
             return None
         self._undo.append(watcher.stop)
         return watcher
+
+    def _start_traffic(self, kernels: Mapping[IPFamily, runner.Iptables]) -> None:
+        """Let connections be counted, if that is asked for."""
+        asked = self._settings.traffic
+        if asked is None:
+            return
+        collector = traffic_meter.TrafficCollector(
+            detail=asked.detail,
+            max_series=asked.max_series,
+            state=traffic_state.StateFile(Path(asked.state_file) if asked.state_file else None),
+        )
+        for family, kernel in kernels.items():
+            self._meters[family] = traffic_meter.FamilyMeter(
+                family,
+                counters.of(kernel.backend, family),
+                kernel.save,
+                metrics=self._metrics,
+                namespaces=asked.namespaces,
+                wake=collector.wake,
+                release_memory=host.release_memory,
+            )
+            collector.add(family, self._meters[family])
+        self._registry.register(collector)
+        collector.start()
+        self._undo.append(collector.stop)
 
     def _start_servers(self) -> None:
         pages.register_process_metrics(self._registry, gates=self._config.feature_gates)
@@ -620,6 +700,44 @@ class Daemon:
             name=problem.name[:_MAX_NAME],
             field=problem.field[:_MAX_NAME],
             message=problem.message[:_MAX_NOTE],
+        )
+
+    def _report_refused(self, refusal: external.Refusal) -> None:
+        self._metrics.external_ips_refused.labels(refusal.reason).inc()
+        log.warning(
+            "service.address_refused",
+            namespace=refusal.service.namespace,
+            name=refusal.service.name,
+            field=refusal.field,
+            address=refusal.ip,
+            port=refusal.port or None,
+            reason=refusal.reason,
+            message=refusal.message,
+        )
+        self._recorder.service_event(
+            refusal.service.namespace,
+            refusal.service.name,
+            event_type="Warning",
+            reason="AddressRefused",
+            action="Sync",
+            note=f"node {self._node_name} does not serve this Service's address: {refusal.where}",
+        )
+
+    def _report_notice(self, notice: lookout.Notice) -> None:
+        log.warning(
+            "service.doubtful",
+            namespace=notice.service.namespace,
+            name=notice.service.name,
+            reason=notice.reason,
+            message=notice.note,
+        )
+        self._recorder.service_event(
+            notice.service.namespace,
+            notice.service.name,
+            event_type=notice.event_type,
+            reason=notice.reason,
+            action=notice.action,
+            note=f"node {self._node_name}: {notice.note}",
         )
 
     def _report_news(self, family: IPFamily, news: sync.SyncResult | drift.Contest) -> None:

@@ -13,7 +13,7 @@ from typing import Final
 from prometheus_client import CollectorRegistry
 
 import kubeproxy_py
-from kubeproxy_py import api, config, manifests, objects, options, records, watch
+from kubeproxy_py import api, manifests, objects, options, records, watch
 from kubeproxy_py.errors import ApiUnavailable
 from kubeproxy_py.flags import HostFacts, Settings
 from kubeproxy_py.metrics import Metrics
@@ -39,7 +39,7 @@ def load(settings: Settings, node_name: str, report: Callable[[Problem], None]) 
         report=report,
         changed=lambda _family: None,
         node_changed=lambda _node: None,
-        allow_external_ips=config.allows_service_external_ips(settings.config),
+        policy=options.external_policy(settings.config, settings.external_ips_allow),
     )
     if settings.manifests:
         _load_files(settings, store, report)

@@ -44,10 +44,11 @@ _PREFIXES: Final = {
 #: The chains shared by all ServicePorts; they exist also when they are empty.
 SHARED: Final = tuple(_PREFIXES)
 
-# A chain with so few entries stays as flat as kube-proxy's: below, a tree saves a packet less than
-# a microsecond, and people find their way in a flat chain more easily.
+# A chain with so few entries stays as flat as kube-proxy's: there, a tree saves a packet half a
+# microsecond (docs/performance.md), and people find their way in a flat chain more easily.
 _SPLIT_ABOVE: Final = 64
-# A tree becomes flat again only well below, so that one Service more or less does not matter.
+# A tree becomes flat again only well below, so that one Service more or less does not matter; from here
+# down it saves nothing.
 _JOIN_BELOW: Final = 32
 
 _TREE_CHAIN: Final = re.compile(

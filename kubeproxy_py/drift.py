@@ -48,7 +48,8 @@ class Suspicion(msgspec.Struct, frozen=True):
 
     family: IPFamily
     culprit: Culprit | None  # None: the kernel does not tell
-    chains: frozenset[ChainId] | None  # None: may be any
+    #: None: may be any. One without a name: one of that table that has another name now.
+    chains: frozenset[ChainId] | None
 
 
 class Look(msgspec.Struct, frozen=True):

@@ -122,6 +122,11 @@ _OUR_FLAGS: Final = (
     Flag("dispatch", flag_types.Choice("auto", "flat", "tree"), "auto", "Layout of KUBE-SERVICES and the other shared chains: flat is rule for rule as kube-proxy writes it; tree makes every lookup pass a few dozen rules; auto is a tree where there are more than 64 entries.", group=_RULES, is_honoured_with_config=True),
     Flag("status-socket", _TEXT, DEFAULT_PATH, "Tell root how things are on this unix socket (kubeproxy-py status); empty: nowhere.", is_honoured_with_config=True),
     Flag("state-file", _TEXT, "/var/lib/kubeproxy-py/state", "Keep the last good state of the cluster in this file, for a reboot without an API server; empty: do not.", is_honoured_with_config=True),
+    Flag("external-ips-allow", flag_types.Cidrs(), "", "CIDRs that external IPs and load balancer VIPs of Services must be in; others get no rules. Comma-separated, may be repeated. Without it: all but other Services' cluster IPs and the API servers' own address and port.", group=_RULES, is_honoured_with_config=True),
+    Flag("traffic-metrics", flag_types.Choice("off", "service", "endpoint"), "off", "Count connections and refused packets of each Service, or of each endpoint as well, and show them on the metrics port.", is_honoured_with_config=True),
+    Flag("traffic-metrics-max-series", flag_types.Integer(lowest=1), "500", "At most so many series for each of these metrics and each IP family; the rest is counted together.", is_honoured_with_config=True),
+    Flag("traffic-metrics-namespaces", flag_types.Namespaces(), "", "Count only Services of these namespaces. Without it: all.", is_honoured_with_config=True),
+    Flag("traffic-metrics-state", _TEXT, "/run/kubeproxy-py/traffic.json", "Keep the totals in this file, so that a restart goes on from them. An empty value keeps none.", is_honoured_with_config=True),
     Flag("iptables-backend", flag_types.Choice("auto", "nft", "legacy"), "auto", "Which iptables programs to use; auto takes the ones this node's other programs use.", group=_RULES, is_honoured_with_config=True),
 )
 # fmt: on

@@ -11,7 +11,7 @@ from typing import Any, Final, NoReturn
 
 import click
 
-from kubeproxy_py import addresses, config_validation, durations
+from kubeproxy_py import addresses, config_validation, durations, records
 from kubeproxy_py.config import VModule
 from kubeproxy_py.durations import Duration
 
@@ -177,6 +177,34 @@ class Texts(FlagType):
 
     def show(self, value: Any) -> str:
         return f"[{','.join(value)}]"
+
+
+class Cidrs(Texts):
+    """CIDRs, kept in their canonical spelling."""
+
+    name = "cidrs"
+
+    def parse(self, text: str) -> tuple[str, ...]:
+        found = []
+        for item in super().parse(text):
+            cidr = addresses.parse_cidr(item.strip())
+            if cidr is None:
+                raise ValueError(f'"{item}" is not a CIDR, for example 192.0.2.0/24')
+            found.append(cidr)
+        return tuple(found)
+
+
+class Namespaces(Texts):
+    """Names of namespaces; a typing error would count nothing and say nothing."""
+
+    name = "namespaces"
+
+    def parse(self, text: str) -> tuple[str, ...]:
+        names = super().parse(text)
+        for name in names:
+            if not records.is_label(name):
+                raise ValueError(f'"{name}" is not the name of a namespace')
+        return names
 
 
 class Paths(Texts):

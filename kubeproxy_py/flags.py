@@ -9,7 +9,7 @@ nothing else, and neither logs nor exits.
 import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Final, TypeVar
+from typing import Any, Final, Literal, TypeVar
 
 import click
 
@@ -72,6 +72,16 @@ class FlagValues:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Traffic:
+    """How traffic is counted and shown."""
+
+    detail: Literal["service", "endpoint"] = "service"
+    max_series: int
+    namespaces: tuple[str, ...] = ()  # empty: all
+    state_file: str = ""  # "": none
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
     """Everything a person has set, valid and with defaults."""
 
@@ -84,9 +94,11 @@ class Settings:
     cleanup: bool = False
     manifests: tuple[str, ...] = ()
     dispatch: Layout = "auto"
+    external_ips_allow: tuple[str, ...] = ()  # canonical CIDRs; empty: everywhere
     iptables_backend: str = "auto"  # auto, nft, legacy
     status_socket: str = ""  # "": none
     state_file: str = ""  # "": none is kept
+    traffic: Traffic | None = None  # None: not counted
     warnings: tuple[str, ...] = ()
     flag_values: Mapping[str, str] = field(default_factory=dict)  # for /flagz; sorted by name
 
@@ -247,11 +259,25 @@ def settings_from_flags(flag_values: FlagValues) -> Settings:
         cleanup=flag_values.value("cleanup"),
         manifests=flag_values.value("manifests"),
         dispatch=flag_values.value("dispatch"),
+        external_ips_allow=flag_values.value("external-ips-allow"),
         iptables_backend=flag_values.value("iptables-backend"),
         status_socket=flag_values.value("status-socket"),
         state_file=flag_values.value("state-file"),
+        traffic=_traffic(flag_values),
         warnings=(*warnings, *gate_warnings, *_no_effect_warnings(flag_values)),
         flag_values=_shown_values(flag_values, effective),
+    )
+
+
+def _traffic(flag_values: FlagValues) -> Traffic | None:
+    detail = flag_values.value("traffic-metrics")
+    if detail == "off":
+        return None
+    return Traffic(
+        detail=detail,
+        max_series=flag_values.value("traffic-metrics-max-series"),
+        namespaces=flag_values.value("traffic-metrics-namespaces"),
+        state_file=flag_values.value("traffic-metrics-state"),
     )
 
 
@@ -421,7 +447,7 @@ _FACT_OPTIONS: Final = (
     ),
 )
 
-_FAMILIES: Final = {"ipv4": IPFamily.V4, "ipv6": IPFamily.V6, None: None}
+FAMILIES: Final = {"ipv4": IPFamily.V4, "ipv6": IPFamily.V6, None: None}
 
 
 def host_fact_flags(function: _Function) -> _Function:
@@ -430,7 +456,7 @@ def host_fact_flags(function: _Function) -> _Function:
     @functools.wraps(function)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         facts = HostFacts(
-            ip_family=_FAMILIES[kwargs.pop("ip_family")],
+            ip_family=FAMILIES[kwargs.pop("ip_family")],
             node_ips=kwargs.pop("node_ip"),
             interface_addresses=kwargs.pop("interface_address"),
             topology_labels=dict(kwargs.pop("topology_label")),

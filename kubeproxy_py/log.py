@@ -36,12 +36,14 @@ def configure(*, fmt: Literal["text", "json"] = "text", verbosity: int = 0) -> N
 
 
 def set_verbosity(verbosity: int) -> None:
-    """Change what is logged from now on."""
+    """Change what is logged from now on; below 0: errors alone."""
     global _verbosity  # noqa: PLW0603 - one process, one log
     _verbosity = verbosity
 
 
 def _drop_details(_logger: WrappedLogger, method: str, event: EventDict) -> EventDict:
     if method == "debug" and _verbosity < _DEBUG_FROM_VERBOSITY:
+        raise structlog.DropEvent
+    if method in {"info", "warning"} and _verbosity < 0:
         raise structlog.DropEvent
     return event

@@ -187,6 +187,19 @@ class Metrics:
             "State files that could not be kept, read or written",
             ("operation",),
         )
+        self.external_ips_refused = counter(
+            "external_ips_refused_total",
+            "External IPs and load balancer VIPs that came to be left out",
+            ("reason",),
+        )
+        self.shadowing_services = gauge(
+            "shadowing_services",
+            "Services with an external IP or load balancer VIP that is refused, or served with doubt",
+            ("ip_family", "reason"),
+        )
+        self.node_port_collisions = gauge(
+            "node_port_collisions", "Node ports on which a local process listens, and gets nothing"
+        )
         self.conntrack_failures = counter(
             "conntrack_reconciler_failures_total",
             "Reconciliations of conntrack entries that ended with an error",
@@ -220,4 +233,23 @@ class Metrics:
             "iptables_capability",
             "Whether the kernel and iptables have what our rules need, by its name",
             ("capability", "ip_family"),
+        )
+        self.other_backend_chains = gauge(
+            "iptables_other_backend_chains",
+            "Chains of kube-proxy's in the iptables backend that is not used",
+            _FAMILY,
+        )
+        self.other_backend_jumps = gauge(
+            "iptables_other_backend_jumps",
+            "Built-in chains of that backend that lead there, so that packets meet stale rules",
+            _FAMILY,
+        )
+        self.traffic_look_duration = histogram(
+            "traffic_look_duration_seconds",
+            "Time it took to read the counters of all Services' rules once",
+        )
+        self.traffic_failures = counter(
+            "traffic_look_failures_total",
+            "Readings of rules' counters that failed; the next one makes up for it",
+            _FAMILY,
         )

@@ -74,7 +74,7 @@ class ServicePort(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     is_internal_local: bool = False  # internalTrafficPolicy: Local
     health_check_node_port: int = 0  # 0: none
     affinity_timeout_s: int | None = None  # None: no session affinity
-    is_externally_accessible: bool = False  # has a node port, VIP or (ungated) external IP
+    is_externally_accessible: bool = False  # has a node port, VIP or external IP, refused or not
 
     @property
     def uses_cluster_endpoints(self) -> bool:

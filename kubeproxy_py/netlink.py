@@ -10,9 +10,11 @@ import errno
 import os
 import socket
 import struct
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import TracebackType
-from typing import Final, Protocol, Self
+from typing import Final, Protocol, Self, TypeVar
+
+_T = TypeVar("_T")
 
 NETLINK_ROUTE: Final = 0
 NETLINK_NETFILTER: Final = 12
@@ -189,6 +191,39 @@ class NetlinkSocket:
                         raise NetlinkError(errno.EINTR, self._subject)
                     return
 
+    def dump_each(
+        self, kind: int, payloads: Iterable[bytes], parse: Callable[[bytearray, int, int], _T]
+    ) -> Iterator[list[_T] | None]:
+        """Dump for each request; yield what *parse* makes of its items, each given as a buffer's part.
+
+        As ``dump``, at a third of the time for each item: for tens of thousands of small lists. None
+        stands for a list that was changed while it was read.
+
+        Raises:
+            NetlinkError: the kernel refused; which request it was, nobody knows.
+        """
+        unpack, buffer, head = _HEADER.unpack_from, self._buffer, _HEADER.size
+        for payload in payloads:
+            sequence = self._send([(kind, _NLM_F_REQUEST | _NLM_F_DUMP, payload)])
+            found: list[_T] = []
+            is_interrupted = is_done = False
+            while not is_done:
+                offset, size = 0, self._receive_datagram()
+                while offset < size:
+                    length, got, flags, seq, _ = unpack(buffer, offset)
+                    end = offset + length
+                    if length < head or end > size:
+                        raise NetlinkError(errno.EBADMSG, self._subject)
+                    if seq == sequence:
+                        is_interrupted = is_interrupted or bool(flags & _NLM_F_DUMP_INTR)
+                        if got >= _NLMSG_MIN_TYPE:
+                            found.append(parse(buffer, offset + head, end))
+                        elif got in (_NLMSG_DONE, _NLMSG_ERROR):
+                            self._check(memoryview(buffer)[offset + head : end])
+                            is_done = True
+                    offset = end + -end % 4
+            yield None if is_interrupted else found
+
     def events(self) -> Iterator[tuple[int, int, memoryview]]:
         """Wait for one datagram of the joined groups; yield type, flags and payload of its messages.
 
@@ -217,14 +252,7 @@ class NetlinkSocket:
 
     def _receive(self) -> Iterator[tuple[int, int, int, memoryview]]:
         # Yields type, flags, sequence number and payload of each message of one datagram.
-        try:
-            size, _, flags, (sender, _) = self._raw.recvmsg_into([self._buffer])
-        except OSError as error:
-            raise NetlinkError(error.errno or errno.EIO, self._subject) from error
-        if sender != 0:
-            return  # not from the kernel
-        if flags & socket.MSG_TRUNC:
-            raise NetlinkError(errno.EMSGSIZE, self._subject)
+        size = self._receive_datagram()
         view = memoryview(self._buffer)
         unpack = _HEADER.unpack_from
         offset = 0
@@ -235,6 +263,18 @@ class NetlinkSocket:
                 raise NetlinkError(errno.EBADMSG, self._subject)
             yield kind, flags, sequence, view[offset + _HEADER.size : end]
             offset = end + -end % 4
+
+    def _receive_datagram(self) -> int:
+        # Returns the size of what is in the buffer now; 0 if it is not from the kernel.
+        try:
+            size, _, flags, (sender, _) = self._raw.recvmsg_into([self._buffer])
+        except OSError as error:
+            raise NetlinkError(error.errno or errno.EIO, self._subject) from error
+        if sender != 0:
+            return 0
+        if flags & socket.MSG_TRUNC:
+            raise NetlinkError(errno.EMSGSIZE, self._subject)
+        return size
 
     def _check(self, body: memoryview) -> None:
         # The end of a dump and an acknowledgement both begin with 0 or a negative errno.

@@ -12,8 +12,8 @@ from typing import Final
 
 import msgspec
 
-from kubeproxy_py import addresses, rules
-from kubeproxy_py.config import KubeProxyConfiguration
+from kubeproxy_py import addresses, external, rules
+from kubeproxy_py.config import KubeProxyConfiguration, allows_service_external_ips
 from kubeproxy_py.errors import ConfigError
 from kubeproxy_py.model import IPFamily
 
@@ -136,6 +136,11 @@ def local_detector(
         if cidr is not None and addresses.family_of(cidr) is family:
             return rules.LocalDetector("-s", cidr)
     return None
+
+
+def external_policy(config: KubeProxyConfiguration, allowed: tuple[str, ...]) -> external.Policy:
+    """Return which external addresses of Services are served: of *allowed* CIDRs, if there are any."""
+    return external.Policy(allows_external_ips=allows_service_external_ips(config), allowed=allowed)
 
 
 def has_localhost_node_ports(

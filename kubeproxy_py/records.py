@@ -114,7 +114,7 @@ def is_label(text: str) -> bool:
     return _LABEL.fullmatch(text) is not None
 
 
-def service_record(service: objects.Service, *, allow_external_ips: bool = True) -> ServiceRecord:
+def service_record(service: objects.Service) -> ServiceRecord:
     """Derive what the rules need of a Service; no ports for one that kube-proxy ignores."""
     meta, spec = service.metadata, service.spec or objects.ServiceSpec()
     name = ServiceName(sys.intern(meta.namespace), meta.name)
@@ -133,7 +133,7 @@ def service_record(service: objects.Service, *, allow_external_ips: bool = True)
         if cluster_ip is not None:
             # The second family reads the same lists; the first has said what is wrong in them.
             note = problems.note if not ports else _say_nothing
-            shared = _FamilyFields(service, family, note, allow_external_ips)
+            shared = _FamilyFields(service, family, note)
             ports[family] = {
                 key: shared.service_port(name, key, cluster_ip, port) for key, port in specs.items()
             }
@@ -212,16 +212,13 @@ def _cluster_ip(spec: objects.ServiceSpec, family: IPFamily, note: Note) -> str 
 class _FamilyFields:
     """The fields that all ports of a Service share in one family."""
 
-    def __init__(
-        self, service: objects.Service, family: IPFamily, note: Note, allow_external_ips: bool
-    ) -> None:
+    def __init__(self, service: objects.Service, family: IPFamily, note: Note) -> None:
         spec = service.spec or objects.ServiceSpec()
         self._family = family
-        raw_external = self._ips(spec.externalIPs or [], "spec.externalIPs[{}]", note)
-        self._external_ips = raw_external if allow_external_ips else ()
+        self._external_ips = self._ips(spec.externalIPs or [], "spec.externalIPs[{}]", note)
         self._lb_vips = self._load_balancer_vips(service.status, note)
         self._source_ranges = self._ranges(spec.loadBalancerSourceRanges or [], note)
-        self._is_published = bool(raw_external or self._lb_vips)
+        self._is_published = bool(self._external_ips or self._lb_vips)
         # NodePort and LoadBalancer Services have external traffic; a ClusterIP Service has it only
         # through externalIPs. (kube-proxy reads the raw list of both families here.)
         self._is_external_local = spec.externalTrafficPolicy == "Local" and (

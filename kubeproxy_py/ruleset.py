@@ -11,16 +11,11 @@ from typing import Final
 
 import msgspec
 
-from kubeproxy_py import dispatch, rules
+from kubeproxy_py import dispatch, rules, urgency
 from kubeproxy_py.dispatch import ChainId
 from kubeproxy_py.model import PortKey, ServiceName, ServicePortName, ServiceState, Tables
 
-#: Programmed before all others: without the API and DNS nothing else in a cluster gets up.
-_FIRST: Final = (
-    ServiceName("default", "kubernetes"),
-    ServiceName("kube-system", "kube-dns"),
-    ServiceName("kube-system", "coredns"),
-)
+_TABLES: Final = (rules.FILTER, rules.NAT, rules.MANGLE)
 
 
 class HealthCheck(msgspec.Struct, frozen=True):
@@ -51,12 +46,12 @@ class Ruleset:
     def __init__(self, options: rules.Options) -> None:
         self.options = options
         #: Everything we want to be there, including chains without rules.
-        self.tables: Tables = {}
+        self.tables: Tables = {table: {} for table in _TABLES}
         #: Chains that changed since ``take_touched``, by table: pairs would be as many objects more.
-        self._touched: dict[str, set[str]] = {}
+        self._touched: dict[str, set[str]] = {table: set() for table in _TABLES}
         self._services: dict[ServiceName, _Service] = {}
         self._dispatch = dispatch.Dispatch(options.family, options.layout)
-        self._rule_counts: dict[str, int] = {rules.FILTER: 0, rules.NAT: 0, rules.MANGLE: 0}
+        self._rule_counts: dict[str, int] = dict.fromkeys(_TABLES, 0)
         self._endpoints = 0
         self._lacking = (0, 0)
         self._health_checks: dict[ServiceName, HealthCheck] = {}
@@ -128,7 +123,7 @@ class Ruleset:
             known = {chain: chain for chain in old.chains}
             new = self._services[name] = _Service(
                 state,
-                tuple(known.get(chain, chain) for chain in chains),
+                tuple(known.get(chain, chain) for chain in chains) if known else tuple(chains),
                 (
                     sum(fragment.lacks_internal for fragment in fragments.values()),
                     sum(fragment.lacks_external for fragment in fragments.values()),
@@ -168,21 +163,18 @@ class Ruleset:
         }
 
     def _set(self, table: str, chain: str, texts: tuple[str, ...]) -> None:
-        chains = self.tables.setdefault(table, {})
+        chains = self.tables[table]
         old = chains.get(chain)
         if old != texts:
             chains[chain] = texts
             self._rule_counts[table] += len(texts) - len(old or ())
-            self._touch(table, chain)
+            self._touched[table].add(chain)
 
     def _drop(self, table: str, chain: str) -> None:
         # A tree's chain may have come and gone between two looks.
         old = self.tables[table].pop(chain, ())
         self._rule_counts[table] -= len(old)
-        self._touch(table, chain)
-
-    def _touch(self, table: str, chain: str) -> None:
-        self._touched.setdefault(table, set()).add(chain)
+        self._touched[table].add(chain)
 
     # Asking --------------------------------------------------------------------------------------
 
@@ -191,7 +183,8 @@ class Ruleset:
         touched = frozenset(
             ChainId(table, chain) for table, chains in self._touched.items() for chain in chains
         )
-        self._touched = {}
+        for chains in self._touched.values():
+            chains.clear()
         return touched
 
     def groups(self, names: Iterable[ServiceName] | None = None) -> Iterator[tuple[str, ...]]:
@@ -200,8 +193,11 @@ class Ruleset:
         Chains of one group refer to each other and therefore change in one batch.
         """
         wanted = self._services if names is None else [n for n in names if n in self._services]
-        first = [name for name in _FIRST if name in wanted]
-        for name in (*first, *sorted(name for name in wanted if name not in _FIRST)):
+
+        def rank(name: ServiceName) -> tuple[bool, ServiceName]:
+            return not urgency.is_essential(name, self.state(name)), name
+
+        for name in sorted(wanted, key=rank):
             yield self._services[name].chains
 
     def state(self, name: ServiceName) -> ServiceState | None:

@@ -102,6 +102,9 @@ class Gatherer:
         #: Returns the Node, as far as it is known.
         self.node: Callable[[], Node | None] = _nobody
         self.conntrack: Callable[[], Mapping[IPFamily, tuple[float, Outcome | str]]] = dict
+        #: Both return sentences, each about one Service.
+        self.refused_addresses: Callable[[], Sequence[str]] = tuple
+        self.doubts: Callable[[], Sequence[str]] = tuple
         self._lock = threading.Lock()
         # Replaced under the lock, as wholes: requests come on other threads.
         self._families: Mapping[IPFamily, FamilyParts] = {}
@@ -144,6 +147,8 @@ class Gatherer:
             dispatch=self._dispatch,
             families=families,
             watches=watches,
+            refused_addresses=tuple(self.refused_addresses()),
+            doubts=tuple(self.doubts()),
         )
 
     def failures(self) -> tuple[FailureStatus, ...]:

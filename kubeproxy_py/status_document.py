@@ -154,3 +154,7 @@ class Status(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
     dispatch: str = ""
     families: tuple[FamilyStatus, ...] = ()
     watches: tuple[WatchStatus, ...] = ()
+    #: External addresses that get no rules, and why.
+    refused_addresses: tuple[str, ...] = ()
+    #: Node ports and addresses that are served, though they take what is somebody else's.
+    doubts: tuple[str, ...] = ()

@@ -45,7 +45,16 @@ def status_text(status: Status, colour: Colour = plain) -> str:
     if status.watches:
         lines += ["", "watches"]
         lines += _columns([_watch_row(watch, status.now) for watch in status.watches])
+    lines += _listed("addresses that get no rules", status.refused_addresses)
+    lines += _listed("served, but it takes what is somebody else's", status.doubts)
     return "\n".join(lines)
+
+
+def _listed(title: str, texts: Sequence[str]) -> Iterator[str]:
+    if texts:
+        yield from ("", title)
+        for text in (*texts[:_SHOWN], *_more(len(texts))):
+            yield from _wrap(text)
 
 
 def failures_text(failures: Sequence[FailureStatus]) -> str:

@@ -13,7 +13,7 @@ from typing import Final
 
 import msgspec
 
-from kubeproxy_py import objects, records, snapshot
+from kubeproxy_py import external, objects, records, snapshot
 from kubeproxy_py.metrics import Metrics
 from kubeproxy_py.model import (
     IPFamily,
@@ -31,6 +31,13 @@ Report = Callable[[Problem], None]
 # How many Services are put together while the lock is held: less than a millisecond's work, so that
 # a sync or a watch never waits for whoever wants to read all of them.
 _STATES_AT_ONCE: Final = 50
+
+
+_SAFETY_ALONE: Final = external.Policy()
+
+
+def _say_nothing(_refusal: external.Refusal) -> None:
+    pass
 
 
 class Changes(msgspec.Struct, frozen=True):
@@ -51,8 +58,9 @@ class Changes(msgspec.Struct, frozen=True):
 class _Family:
     """One family's half of the store."""
 
-    def __init__(self) -> None:
+    def __init__(self, policy: external.Policy) -> None:
         self.ports: dict[ServiceName, dict[PortKey, ServicePort]] = {}
+        self.exposure = external.Exposure(policy)
         self.slices: dict[ServiceName, dict[str, records.SliceRecord]] = {}
         self.dirty: dict[ServiceName, None] = {}
         self.dirty_services = 0
@@ -66,7 +74,43 @@ class _Family:
         if ports is None:
             return None
         slices = self.slices.get(name, {})
-        return ServiceState(ports, records.merge_slices([slices[key] for key in sorted(slices)]))
+        return ServiceState(
+            self.exposure.admit(name, ports),
+            records.merge_slices([slices[key] for key in sorted(slices)]),
+        )
+
+    def peek(self, name: ServiceName) -> ServiceState | None:
+        """Return what was handed out of *name*, or will be, without judging addresses anew."""
+        ports = self.ports.get(name)
+        if ports is None:
+            return None
+        slices = self.slices.get(name, {})
+        return ServiceState(
+            self.exposure.without_refused(name, ports),
+            records.merge_slices([slices[key] for key in sorted(slices)]),
+        )
+
+    def put_ports(self, name: ServiceName, ports: dict[PortKey, ServicePort] | None) -> None:
+        # Others may have claimed what is, or was, this one's cluster IP.
+        for other in self.exposure.replace(name, self.ports.get(name), ports):
+            self.dirty[other] = None
+        if ports is None:
+            del self.ports[name]
+            self.exposure.forget(name)
+        else:
+            self.ports[name] = ports
+        self.dirty[name] = None
+
+    def judge_api(self) -> None:
+        """Let those who claim an API server's address be judged by where these are now."""
+        found = frozenset(
+            external.ApiAddress(ep.ip, ep.port)
+            for record in self.slices.get(external.API_SERVICE, {}).values()
+            for endpoints in record.endpoints.values()
+            for ep in endpoints
+        )
+        for other in self.exposure.replace_api(found):
+            self.dirty[other] = None
 
 
 class Store:
@@ -81,22 +125,27 @@ class Store:
         report: Report,
         changed: Callable[[IPFamily], None],
         node_changed: Callable[[Node], None],
-        allow_external_ips: bool = True,
+        policy: external.Policy = _SAFETY_ALONE,
+        refused: Callable[[external.Refusal], None] = _say_nothing,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        """Call *changed* when a family has something to sync, outside the lock."""
+        """Call *changed* when a family has something to sync, outside the lock.
+
+        *refused* is called, outside the lock as well, with each external address that *policy* came
+        to keep out of what is handed out.
+        """
         self._node_name = node_name
         self._metrics = metrics
         self._report = report
         self._changed = changed
         self._node_changed = node_changed
-        self._allow_external_ips = allow_external_ips
+        self._refused = refused
         # Changes triggered before this process looked are nobody's latency.
         self._started = clock()
 
         self._lock = threading.Lock()
         # Guarded by the lock:
-        self._families = {family: _Family() for family in families}
+        self._families = {family: _Family(policy) for family in families}
         self._slice_owners: dict[tuple[str, str], tuple[IPFamily, ServiceName]] = {}
         self._listed: set[Kind] = set()
         self._node: Node | None = None
@@ -165,7 +214,7 @@ class Store:
         # gone before the rules could matter, and if not, the API was wrong.
 
     def _upsert_service(self, service: objects.Service) -> None:
-        record = records.service_record(service, allow_external_ips=self._allow_external_ips)
+        record = records.service_record(service)
         for problem in record.problems:
             self._report(problem)
         self._put_service(record)
@@ -178,11 +227,7 @@ class Store:
                 ports = record.ports.get(family)
                 if ports == half.ports.get(record.name):
                     continue
-                if ports is None:
-                    del half.ports[record.name]
-                else:
-                    half.ports[record.name] = ports
-                half.dirty[record.name] = None
+                half.put_ports(record.name, ports)
                 half.dirty_services += 1
                 self._metrics.service_changes_pending.set(half.dirty_services)
                 nudged.append(family)
@@ -244,6 +289,8 @@ class Store:
         new: records.SliceRecord | None,
     ) -> None:
         half.dirty[service] = None
+        if service == external.API_SERVICE:
+            half.judge_api()
         half.has_udp = half.has_udp or any(
             record is not None and record.has_udp for record in (old, new)
         )
@@ -333,7 +380,7 @@ class Store:
             half = self._families[family]
             if half.is_everything_due:
                 return {}
-            return {name: half.state(name) for name in names if name not in half.dirty}
+            return {name: half.peek(name) for name in names if name not in half.dirty}
 
     def states(self, family: IPFamily) -> Iterator[ServiceState]:
         """Yield all Services of *family*; others may change some meanwhile, so each is true by itself."""
@@ -342,7 +389,7 @@ class Store:
         for first in range(0, len(names), _STATES_AT_ONCE):
             with self._lock:
                 half = self._families[family]
-                found = [half.state(name) for name in names[first : first + _STATES_AT_ONCE]]
+                found = [half.peek(name) for name in names[first : first + _STATES_AT_ONCE]]
             yield from (state for state in found if state is not None)
 
     def take(self, family: IPFamily) -> Changes | None:
@@ -366,4 +413,28 @@ class Store:
             half.is_everything_due = False
             self._metrics.service_changes_pending.set(0)
             self._metrics.endpoint_changes_pending.set(0)
-            return changes
+            refused = half.exposure.take_news()
+            for reason, count in half.exposure.services_by_reason().items():
+                self._metrics.shadowing_services.labels(family.value, reason).set(count)
+        for refusal in refused:
+            self._refused(refusal)
+        return changes
+
+    def refusals(self) -> tuple[external.Refusal, ...]:
+        """Return the external addresses that are kept out of what was handed out, sorted."""
+        with self._lock:
+            return tuple(
+                refusal
+                for half in self._families.values()
+                for _, refusals in sorted(half.exposure.refusals.items())
+                for refusal in refusals
+            )
+
+    def service_ports(self, family: IPFamily) -> dict[ServiceName, dict[PortKey, ServicePort]]:
+        """Return the ports of all Services, as they were handed out or will be."""
+        with self._lock:
+            half = self._families[family]
+            return {
+                name: half.exposure.without_refused(name, ports)
+                for name, ports in half.ports.items()
+            }

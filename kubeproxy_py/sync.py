@@ -6,15 +6,17 @@ It decides nothing itself: what rules there should be (``ruleset``), what must b
 an error nothing is assumed about the kernel; it is read again before anything is written.
 """
 
+import contextlib
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import AbstractContextManager
 from typing import Final, Protocol
 
 import msgspec
 import structlog
 
-from kubeproxy_py import audit, conntrack, drift, echoes, failures, rules
-from kubeproxy_py.dispatch import ChainId
+from kubeproxy_py import audit, conntrack, drift, echoes, failures, rules, urgency
+from kubeproxy_py.dispatch import SHARED, ChainId
 from kubeproxy_py.errors import BatchRejected, IptablesError, LockTimeout
 from kubeproxy_py.iptables import chains, plan
 from kubeproxy_py.iptables.lock import LockWait
@@ -29,6 +31,9 @@ log = structlog.get_logger()
 # iptables-nft-restore takes time in proportion to the square of its input: 100 Services with five
 # endpoints each (2,200 rules) a batch are near the optimum (benchmarks/).
 NFT_BATCH_RULES: Final = 2500
+# When so many Services have changed that one restore does not do, what is urgent is written first.
+# Fewer take about as long as the additional restore would.
+_STAGED_ABOVE: Final = 100
 _TABLES: Final = (rules.FILTER, rules.NAT)
 # How many times one sync may be refused: each names at least one Service, and costs a look at the
 # kernel. What is left is for the next sync.
@@ -50,6 +55,11 @@ class Kernel(Protocol):
     def restore(self, text: str) -> None: ...
 
 
+def unwatched(_batch: plan.Batch) -> AbstractContextManager[None]:
+    """Surround the writing of a batch with nothing."""
+    return contextlib.nullcontext()
+
+
 class Effects(msgspec.Struct, frozen=True, kw_only=True):
     """What happens around a sync, each a function so that a test can look on."""
 
@@ -67,6 +77,8 @@ class Effects(msgspec.Struct, frozen=True, kw_only=True):
     release_memory: Callable[[], None]
     #: Called before each restore, of which a big change needs many: the sync goes on.
     beat: Callable[[], None]
+    #: Surrounds the writing of each batch, which lets the counters of its chains begin anew.
+    writing: Callable[[plan.Batch], AbstractContextManager[None]] = unwatched
 
 
 class SyncResult(msgspec.Struct, frozen=True, kw_only=True):
@@ -82,6 +94,22 @@ class SyncResult(msgspec.Struct, frozen=True, kw_only=True):
     repairs: tuple[drift.Repair, ...] = ()
     #: Chains of ours that were there at the first look.
     chains_found: int = 0
+
+    def followed_by(self, other: "SyncResult") -> "SyncResult":
+        """Return what both did together; *other* ended last."""
+        return SyncResult(
+            is_full=self.is_full or other.is_full,
+            batches=self.batches + other.batches,
+            rules_written={
+                table: count + other.rules_written[table]
+                for table, count in self.rules_written.items()
+            },
+            chains_written=self.chains_written + other.chains_written,
+            chains_deleted=self.chains_deleted + other.chains_deleted,
+            seconds=other.seconds,
+            repairs=(*self.repairs, *other.repairs),
+            chains_found=other.chains_found,
+        )
 
 
 class Quarantined(msgspec.Struct, frozen=True, kw_only=True):
@@ -118,6 +146,7 @@ class Syncer:
         effects: Effects,
         metrics: Metrics,
         read_chain: Callable[[ChainId], tuple[str, ...] | None] | None = None,
+        list_chains: Callable[[], set[ChainId]] | None = None,
         clock: Callable[[], float] = time.monotonic,
         wall_clock: Callable[[], float] = time.time,
     ) -> None:
@@ -130,6 +159,8 @@ class Syncer:
         self._metrics = metrics
         # Reads one chain (None: there is none), where that costs less than reading all of them.
         self._read_chain = read_chain
+        # Lists the names of all chains, likewise.
+        self._list_chains = list_chains
         self._clock = clock
         self._wall_clock = wall_clock
         self._auditor = audit.Auditor(family, store, clock)
@@ -137,6 +168,8 @@ class Syncer:
         self._is_doubtful = False
         # What the kernel has; None: unknown.
         self._live: chains.Tables | None = None
+        # What it had when it was looked at before this sync's first stage.
+        self._saved: chains.Tables | None = None
         self._echoes = echoes.Echoes()
         self._quarantine = Quarantine()
         # What is desired comes from the state file, because the API has not been heard yet;
@@ -229,12 +262,12 @@ class Syncer:
             return None
         self._trigger_times += changes.trigger_times
         self._has_stale_udp = self._has_stale_udp or changes.has_udp
-        names = self._update_ruleset(changes)
         is_full = self._live is None
         try:
-            result = self._write_what_is_accepted(names, started)
+            result = self._write_in_stages(changes, started)
         except IptablesError as error:
             self.last_failure = failures.of(error, self._wall_clock())
+            self._saved = None
             if isinstance(error, LockTimeout) and self._live is not None:
                 # Nothing of that batch, of one table, was done, and what was done before is known. What
                 # this sync was about is not known any more, so the next compares everything, in memory.
@@ -265,6 +298,56 @@ class Syncer:
         if changes is not None:
             self._wants_restored = changes.is_restored
         return changes
+
+    def _write_in_stages(self, changes: Changes, started: float) -> SyncResult:
+        """Write what cannot wait as a sync of its own, if there is much besides; then the rest.
+
+        Each stage is a complete ruleset, of fewer Services or older ones, and is written like any other.
+        """
+        rest, done = changes, None
+        try:
+            first, rest = self._stages(changes)
+            if first is not None:
+                done = self._write_what_is_accepted(self._update_ruleset(first), started)
+        except IptablesError:
+            # It was taken out of the store, and will not be handed out again.
+            self._update_ruleset(rest)
+            raise
+        if done is not None:
+            self._before.clear()
+            self._clean_conntrack()
+        result = self._write_what_is_accepted(self._update_ruleset(rest), started)
+        return result if done is None else done.followed_by(result)
+
+    def _stages(self, changes: Changes) -> tuple[Changes | None, Changes]:
+        """Return what is to be written first, if anything, and what then."""
+        if len(changes.services) <= _STAGED_ABOVE:
+            return None, changes
+        if changes.is_everything:
+            if self._live is not None:
+                return None, changes
+            self._saved = self._read_kernel()
+            if any(self._saved.get(table, {}).get(chain) for table, chain in SHARED):
+                # Rules from before serve all Services. Fewer must not take their place.
+                return None, changes
+        elif self._max_batch_rules is None:
+            # One exchange of the table costs about the same for one Service as for thousands.
+            return None, changes
+        first: dict[ServiceName, ServiceState | None] = {}
+        others: dict[ServiceName, ServiceState | None] = {}
+        for name, state in changes.services.items():
+            is_urgent = urgency.is_essential(name, state) or urgency.loses_endpoints(
+                self._ruleset.state(name), state
+            )
+            (first if is_urgent else others)[name] = state
+        if not first or not others:
+            return None, changes
+        # Everything means that what is not in it is gone, so the rest of it is everything again.
+        rest = changes.services if changes.is_everything else others
+        return (
+            msgspec.structs.replace(changes, services=first),
+            msgspec.structs.replace(changes, services=rest),
+        )
 
     def _update_ruleset(self, changes: Changes) -> Collection[ServiceName] | None:
         """Take *changes* in; return the Services whose chains may differ, or None: all."""
@@ -380,14 +463,12 @@ class Syncer:
     def _write(self, names: Collection[ServiceName] | None, started: float) -> SyncResult:
         self._asked_for |= self._ruleset.take_touched()
         asked_for = self._asked_for
+        if self._live is not None:
+            self._find_renamed(self._live)
         touched: frozenset[ChainId] | None = asked_for
         is_full = self._live is None
         if self._live is None:
-            self._effects.prepare()
-            self._live = self._kernel.save()
-            self._echoes.undo(self._live)
-            if self._chains_found is None:
-                self._chains_found = chains.count_ours(self._live)
+            self._live, self._saved = self._saved or self._read_kernel(), None
         elif self._suspected:
             self._read_suspected(self._live)
             touched = asked_for | self._suspected
@@ -430,6 +511,36 @@ class Syncer:
             chains_found=self._chains_found or 0 if self.programmed is None else 0,
         )
 
+    def _read_kernel(self) -> chains.Tables:
+        self._effects.prepare()
+        live = self._kernel.save()
+        self._echoes.undo(live)
+        if self._chains_found is None:
+            self._chains_found = chains.count_ours(live)
+        return live
+
+    def _find_renamed(self, live: chains.Tables) -> None:
+        """Suspect the chains that are not called any more what they were, instead of their tables.
+
+        With those that lead there, whose rules follow a chain to its new name.
+        """
+        tables = {table for table, name in self._suspected if not name}
+        if not tables:
+            return
+        there = self._list_chains() if self._list_chains else None
+        found: set[ChainId] = set()
+        for table in tables if there is not None else ():
+            known = live.get(table, {})
+            names = {name for where, name in there or () if where == table}
+            lost = known.keys() - names
+            came = {name for name in names - known.keys() if chains.is_ours(table, name)}
+            found |= {ChainId(table, name) for name in lost | came}
+            if len(found) <= drift.MAX_CHAINS:
+                found |= {ChainId(table, name) for name in _leading_to(lost, known)}
+        if there is None or len(found) > drift.MAX_CHAINS:
+            self.forget_live()
+        self._suspected = frozenset(name for name in self._suspected if name.chain) | found
+
     def _read_suspected(self, live: chains.Tables) -> None:
         """Put in *live* what the suspected chains have now."""
         found = self._read(self._suspected)
@@ -453,7 +564,8 @@ class Syncer:
         self._effects.beat()
         text = batch.render()
         try:
-            self._kernel.restore(text)
+            with self._effects.writing(batch):
+                self._kernel.restore(text)
         except IptablesError as error:
             if isinstance(error, LockTimeout) and len(batch.sections) > 1:
                 # Legacy takes the lock for each table anew: the first may have been written.
@@ -534,11 +646,8 @@ class Syncer:
         self._effects.publish_health_checks({} if self.is_restored else ruleset.health_checks())
         if result.is_full:
             self._effects.release_memory()
-        if self._has_stale_udp:
-            # After the restore: before it, the next packet would make the entry anew.
-            self._has_stale_udp = False
-            services = ruleset.udp_services()
-            self._effects.clean_conntrack(lambda: conntrack.frontends(services))
+        self._clean_conntrack()
+        self._has_stale_udp = False
         say = log.info if result.batches else log.debug
         say(
             "sync.completed",
@@ -573,6 +682,12 @@ class Syncer:
             ),
         )
 
+    def _clean_conntrack(self) -> None:
+        # After the restore: before it, the next packet would make the entry anew.
+        if self._has_stale_udp:
+            services = self._ruleset.udp_services()
+            self._effects.clean_conntrack(lambda: conntrack.frontends(services))
+
     def _observe(self, *, is_full: bool, seconds: float) -> None:
         family = self._family.value
         self._metrics.sync_duration.labels(family).observe(seconds)
@@ -582,6 +697,14 @@ class Syncer:
 
 def _has_services(live: chains.Tables) -> bool:
     return bool(live.get(rules.NAT, {}).get(rules.SERVICES))
+
+
+def _leading_to(names: Collection[str], found: chains.Chains) -> Iterator[str]:
+    """Yield the chains of *found* with a rule that leads to one of *names*."""
+    ends = tuple(f" -j {name}" for name in names)
+    for chain, texts in found.items():
+        if ends and any(f" {text}".endswith(ends) for text in texts):
+            yield chain
 
 
 def _adopt(live: chains.Tables, desired: chains.Tables) -> None:

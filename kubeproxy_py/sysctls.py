@@ -18,9 +18,11 @@ from kubeproxy_py import errors
 log = structlog.get_logger()
 
 _HOST: Final = Path("/")
-_NETFILTER: Final = Path("proc/sys/net/netfilter")
-_CONNTRACK_MAX: Final = _NETFILTER / "nf_conntrack_max"
-_TCP_BE_LIBERAL: Final = _NETFILTER / "nf_conntrack_tcp_be_liberal"
+_PROC_SYS: Final = Path("proc/sys")
+_NETFILTER: Final = "net/netfilter"
+#: Below /proc/sys, as all names that others may ask for.
+CONNTRACK_MAX: Final = f"{_NETFILTER}/nf_conntrack_max"
+_TCP_BE_LIBERAL: Final = _PROC_SYS / _NETFILTER / "nf_conntrack_tcp_be_liberal"
 _HASHSIZE: Final = Path("sys/module/nf_conntrack/parameters/hashsize")
 _ROUTE_LOCALNET: Final = Path("proc/sys/net/ipv4/conf/all/route_localnet")
 _ONLINE_CPUS: Final = Path("sys/devices/system/cpu/online")
@@ -55,29 +57,51 @@ def apply_conntrack(
     Raises:
         KubeProxyError: one of them cannot be read or written. kube-proxy ends then, too.
     """
-    wanted = (
-        ("nf_conntrack_tcp_timeout_established", int(tcp_established_timeout_s)),
-        ("nf_conntrack_tcp_timeout_close_wait", int(tcp_close_wait_timeout_s)),
-        ("nf_conntrack_tcp_be_liberal", int(tcp_be_liberal)),
-        ("nf_conntrack_udp_timeout", int(udp_timeout_s)),
-        ("nf_conntrack_udp_timeout_stream", int(udp_stream_timeout_s)),
-    )
     try:
-        entries = _conntrack_entries(max_per_core, min, root) if max_per_core > 0 else 0
-        if entries > 0:
-            _ensure(root, _CONNTRACK_MAX, entries)
-            buckets = entries // _ENTRIES_PER_BUCKET
-            if int(_read(root / _HASHSIZE)) < buckets:
+        wanted = wanted_conntrack(
+            max_per_core=max_per_core,
+            min=min,
+            tcp_established_timeout_s=tcp_established_timeout_s,
+            tcp_close_wait_timeout_s=tcp_close_wait_timeout_s,
+            tcp_be_liberal=tcp_be_liberal,
+            udp_timeout_s=udp_timeout_s,
+            udp_stream_timeout_s=udp_stream_timeout_s,
+            root=root,
+        )
+        for name, value in wanted.items():
+            _ensure(root, _PROC_SYS / name, value)
+            buckets = value // _ENTRIES_PER_BUCKET
+            if name == CONNTRACK_MAX and int(_read(root / _HASHSIZE)) < buckets:
                 _ensure(root, _HASHSIZE, buckets)
-        for name, value in wanted:
-            if value > 0:
-                _ensure(root, _NETFILTER / name, value)
     except (OSError, ValueError) as error:
         raise errors.KubeProxyError(
             "could not set conntrack parameters from kube-proxy configuration: "
             f"{_reason(error)} (--init-only sets them for a process with fewer rights; those whose "
             "--conntrack flag is 0 are left alone)"
         ) from error
+
+
+def wanted_conntrack(
+    *,
+    max_per_core: int,
+    min: int,  # noqa: A002 - the configuration's own word
+    tcp_established_timeout_s: float,
+    tcp_close_wait_timeout_s: float,
+    tcp_be_liberal: bool,
+    udp_timeout_s: float,
+    udp_stream_timeout_s: float,
+    root: Path = _HOST,
+) -> dict[str, int]:
+    """Return what ``apply_conntrack`` sees to, by path below /proc/sys, in its order."""
+    wanted = {
+        CONNTRACK_MAX: _conntrack_entries(max_per_core, min, root) if max_per_core > 0 else 0,
+        f"{_NETFILTER}/nf_conntrack_tcp_timeout_established": int(tcp_established_timeout_s),
+        f"{_NETFILTER}/nf_conntrack_tcp_timeout_close_wait": int(tcp_close_wait_timeout_s),
+        f"{_NETFILTER}/nf_conntrack_tcp_be_liberal": int(tcp_be_liberal),
+        f"{_NETFILTER}/nf_conntrack_udp_timeout": int(udp_timeout_s),
+        f"{_NETFILTER}/nf_conntrack_udp_timeout_stream": int(udp_stream_timeout_s),
+    }
+    return {name: value for name, value in wanted.items() if value > 0}
 
 
 def conntrack_is_liberal(root: Path = _HOST) -> bool:

@@ -35,8 +35,8 @@ def choose(
         cluster = _cluster(endpoints, node_name, zone)
         has_any = bool(cluster)
     if port.uses_local_endpoints:
-        local = _usable([ep for ep in endpoints if ep.is_local])
-        has_any = has_any or bool(_usable(endpoints))
+        local = usable([ep for ep in endpoints if ep.is_local])
+        has_any = has_any or bool(usable(endpoints))
     reachable = cluster if not local else _union(cluster, local)
     return Choice(cluster, local, reachable, has_any)
 
@@ -45,7 +45,7 @@ def _cluster(endpoints: Sequence[Endpoint], node_name: str, zone: str) -> tuple[
     ready = [ep for ep in endpoints if ep.ready]
     if not ready:
         # Hints say nothing about terminating endpoints: any that still serves is better than none.
-        return _usable(endpoints)
+        return usable(endpoints)
     # One endpoint without a hint switches that level of hints off: its absence means that the
     # controller's picture is not complete, and honouring half of it would overload some endpoints.
     if all(ep.node_hints for ep in ready):
@@ -59,7 +59,7 @@ def _cluster(endpoints: Sequence[Endpoint], node_name: str, zone: str) -> tuple[
     return tuple(ready)
 
 
-def _usable(endpoints: Sequence[Endpoint]) -> tuple[Endpoint, ...]:
+def usable(endpoints: Sequence[Endpoint]) -> tuple[Endpoint, ...]:
     """Return the ready endpoints or, when there are none, the terminating ones still serving."""
     ready = tuple(ep for ep in endpoints if ep.ready)
     if ready:

@@ -86,7 +86,7 @@ def survey(
                 leftovers.append(leftover)
             if _has_hint(found) and not _has_hint(list_chains(family, own)):
                 moved.append(family)
-        except (IptablesError, OSError) as error:
+        except IptablesError as error:
             failures.append(f"{family.value}, {other(own)}: {error}")
     return Survey(tuple(leftovers), tuple(moved), tuple(failures))
 
@@ -95,10 +95,13 @@ def chain_names(family: IPFamily, backend: runner.Backend) -> set[ChainId]:
     """Return all chains that *backend* has in nat, filter and mangle.
 
     Raises:
-        IptablesError: there are legacy tables, and no program that could read them.
-        OSError: the kernel does not tell.
+        IptablesError: the kernel does not tell; or there are legacy tables, and no program that
+            could read them.
     """
-    return _nft_chains(family) if backend == "nft" else set(_legacy_chains(family))
+    try:
+        return _nft_chains(family) if backend == "nft" else set(_legacy_chains(family))
+    except OSError as error:
+        raise IptablesError(f"cannot list chains of {backend}: {error}") from error
 
 
 def _leftover(
@@ -140,7 +143,7 @@ def _nft_chains(family: IPFamily) -> set[ChainId]:
                 return set()
             if error.errno != errno.EINTR:
                 raise
-    raise OSError(errno.EINTR, "cannot list chains of nft: they change all the time")
+    raise OSError(errno.EINTR, "they change all the time")
 
 
 def _dump_nft_chains(family: IPFamily) -> set[ChainId]:
@@ -149,11 +152,14 @@ def _dump_nft_chains(family: IPFamily) -> set[ChainId]:
     with netlink.NetlinkSocket(raw, "chains of nft") as sock:
         # A struct nfgenmsg with the family; version and resource id are 0.
         for _, _, payload in sock.dump(_GETCHAIN, bytes((_AF[family], 0, 0, 0))):
-            values = dict(netlink.attributes(payload[_NFGENMSG_BYTES:]))
-            table, chain = (
-                bytes(values.get(kind, b"")).rstrip(b"\0").decode(errors="replace")
-                for kind in (_NFTA_CHAIN_TABLE, _NFTA_CHAIN_NAME)
-            )
+            table = chain = ""
+            # What follows the name is of no interest, and there may be 60,000 of these.
+            for kind, value in netlink.attributes(payload[_NFGENMSG_BYTES:]):
+                if kind == _NFTA_CHAIN_TABLE:
+                    table = bytes(value[:-1]).decode(errors="replace")
+                elif kind == _NFTA_CHAIN_NAME:
+                    chain = bytes(value[:-1]).decode(errors="replace")
+                    break
             if payload[0] == _AF[family] and table in _TABLES:
                 found.add(ChainId(table, chain))
     return found

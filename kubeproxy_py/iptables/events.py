@@ -47,6 +47,7 @@ _FAMILIES: Final[dict[int, IPFamily]] = {socket.AF_INET: IPFamily.V4, socket.AF_
 _TABLES: Final = frozenset({rules.FILTER, rules.NAT, rules.MANGLE})
 _JUMPED_FROM: Final = frozenset(ChainId(jump.table, jump.builtin) for jump in rules.JUMPS)
 _ENSURED: Final = ChainId(rules.FILTER, rules.FIREWALL)
+_ANY: Final = ChainId("", "")
 
 _SO_ATTACH_FILTER: Final = 26
 # struct sock_filter and sock_fprog (linux/filter.h); the instructions that are used.
@@ -247,12 +248,14 @@ def note(touched: Touched, kind: int, flags: int, payload: memoryview) -> None:
     known = touched.setdefault(family, set())
     assert known is not None
     known.add(chain)
-    if not chain.chain or len(known) > MAX_CHAINS:
+    if chain == _ANY or len(known) > MAX_CHAINS:
         touched[family] = None
 
 
 def _touched_chain(kind: int, flags: int, payload: memoryview) -> ChainId | None:
-    """Return the chain that a message is about; one without a name: any; None: nothing of ours."""
+    """Return the chain that a message is about; one without a name: one of that table that was
+    renamed; ``_ANY``; None: nothing of ours.
+    """
     values: dict[int, memoryview] = {}
     # Of a rule, what follows its chain is long, and of no interest.
     for name, value in netlink.attributes(payload[_NFGENMSG.size :]):
@@ -263,7 +266,7 @@ def _touched_chain(kind: int, flags: int, payload: memoryview) -> ChainId | None
     if table not in _TABLES:
         return None
     if kind == _DELTABLE:
-        return ChainId(table, "")
+        return _ANY
     if kind in {_NEWRULE, _DELRULE}:
         chain = ChainId(table, _text(values.get(_NFTA_RULE_CHAIN)))
         # Others may insert what they like in a built-in chain; they may only not remove our jumps.
@@ -272,12 +275,12 @@ def _touched_chain(kind: int, flags: int, payload: memoryview) -> ChainId | None
     if kind not in {_NEWCHAIN, _DELCHAIN}:
         return None
     chain = ChainId(table, _text(values.get(_NFTA_CHAIN_NAME)))
-    if _is_watched(chain) or (kind == _DELCHAIN and chain in _JUMPED_FROM):
-        return chain
     is_new = flags & (netlink.NLM_F_CREATE | _NLM_F_EXCL)
     if kind == _NEWCHAIN and not is_new and _NFTA_CHAIN_HOOK not in values:
         # Renamed, and the kernel does not say from what.
         return ChainId(table, "")
+    if _is_watched(chain) or (kind == _DELCHAIN and chain in _JUMPED_FROM):
+        return chain
     return None
 
 

@@ -85,6 +85,12 @@ def read_infos(family: IPFamily) -> Infos:
     return infos
 
 
+def entries_bytes(info: bytes) -> int:
+    """Return how large the entries of a table are, of which ``read_infos`` says *info*."""
+    size: int = _INFO.unpack(info)[-1]
+    return size
+
+
 class LegacyWatcher:
     """Calls back, mostly from a thread of its own, when others have changed legacy tables."""
 
@@ -189,9 +195,11 @@ class LegacyWatcher:
         """Return who else used the lock since this was last asked; and whether one is done."""
         if self._lock_users is None:
             return (), False
-        users = [user for user in self._lock_users.read() if user[0].pid not in self._own]
+        # This process itself takes the lock only to read counters.
+        own = {*self._own, os.getpid()}
+        users = [user for user in self._lock_users.read() if user[0].pid not in own]
         # Who opened it earlier and still has it may be the one who has written since.
-        holders = [who for who in self._lock_users.holders() if who.pid not in self._own]
+        holders = [who for who in self._lock_users.holders() if who.pid not in own]
         others = tuple(dict.fromkeys([*(who for who, _ in users), *holders]))
         return others, any(is_done for _, is_done in users)
 

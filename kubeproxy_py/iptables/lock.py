@@ -7,9 +7,11 @@ none. The invariant: time is counted as waiting only where somebody else is seen
 where it lasts longer than a program takes to start.
 """
 
+import contextlib
 import os
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Final
 
@@ -21,8 +23,8 @@ from kubeproxy_py.model import IPFamily
 
 log = structlog.get_logger()
 
-#: How often to look while a restore runs. Most are over before the first time.
-LOOK_S: Final = 0.05
+# How often to look while a restore runs. Most are over before the first time.
+_LOOK_S: Final = 0.05
 # Others hold it for milliseconds, a big table for half a second; longer is worth a line in the log.
 _TOLD_AFTER_S: Final = 1.0
 # A program that was started takes a moment until it asks for the lock, more on a busy machine.
@@ -101,7 +103,7 @@ def _holder(pid: int, proc: Path) -> Holder:
 
 
 class LockWatch:
-    """Follows the waits of one family's restores. For the thread that restores."""
+    """Follows the waits of one family's restores, one restore at a time."""
 
     def __init__(
         self,
@@ -123,6 +125,24 @@ class LockWatch:
         self.waited_s = 0.0
         #: Replaced as a whole: other threads read it.
         self.wait: LockWait | None = None
+
+    @contextlib.contextmanager
+    def following(self, pid: int) -> Iterator[None]:
+        """Look again and again whether process *pid*, a restore of ours, waits; until the block ends."""
+        is_over = threading.Event()
+
+        def follow() -> None:
+            while not is_over.wait(_LOOK_S):
+                self.look(pid)
+
+        self.start()
+        thread = threading.Thread(target=follow, name="lock-watch", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            is_over.set()
+            thread.join()
 
     def start(self) -> None:
         """Say that a restore begins."""

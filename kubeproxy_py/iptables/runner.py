@@ -22,7 +22,7 @@ import structlog
 from kubeproxy_py.dispatch import ChainId
 from kubeproxy_py.errors import BackendMissing, BatchRejected, IptablesError, LockTimeout
 from kubeproxy_py.iptables import chains, libiptc
-from kubeproxy_py.iptables.lock import LOOK_S, LockWait, LockWatch
+from kubeproxy_py.iptables.lock import LockWait, LockWatch
 from kubeproxy_py.model import IPFamily
 
 log = structlog.get_logger()
@@ -94,9 +94,16 @@ def find_programs(family: IPFamily, backend: Backend) -> Programs:
     raise BackendMissing(f"cannot find a working {prefix} for backend {backend}")
 
 
+class Detection(NamedTuple):
+    """Which backend this host uses, and how that was told."""
+
+    backend: Backend
+    reason: str
+
+
 def detect_backend(
     families: Iterable[IPFamily], legacy_tables: Mapping[IPFamily, Path] = _LEGACY_TABLES
-) -> Backend:
+) -> Detection:
     """Find out which backend this host uses, as iptables-wrappers does.
 
     The kubelet's hint chains decide; without them, the backend with more rules; nft if equal.
@@ -120,13 +127,9 @@ def detect_backend(
         )
     hinted = [backend for backend in BACKENDS if hints.get(backend)]
     chosen = hinted[0] if hinted else max(counts, key=lambda backend: counts[backend])
-    log.info(
-        "iptables.backend_detected",
-        backend=chosen,
-        reason="kubelet's hint chains" if hinted else "number of rules",
-        rules=counts,
-    )
-    return chosen
+    reason = "kubelet's hint chains" if hinted else "number of rules"
+    log.info("iptables.backend_detected", backend=chosen, reason=reason, rules=counts)
+    return Detection(chosen, reason)
 
 
 def has_legacy_tables(family: IPFamily) -> bool:
@@ -269,8 +272,11 @@ class Iptables:
                 limit = threading.Timer(self._process_limit_s, process.kill)
                 limit.start()
                 try:
-                    with self._own(self.family, process.pid) if self._own else _nothing():
-                        said = self._feed(process, text)
+                    with (
+                        self._own(self.family, process.pid) if self._own else _nothing(),
+                        self._lock.following(process.pid) if self._lock else _nothing(),
+                    ):
+                        _, said = process.communicate(text)
                 finally:
                     limit.cancel()
         except OSError as error:
@@ -283,37 +289,32 @@ class Iptables:
         if failure is not None:
             raise failure
 
-    def _feed(self, process: subprocess.Popen[str], text: str) -> str:
-        """Give *text* to the process and wait for its end; return what it complained about."""
-        if self._lock is None:
-            return process.communicate(text)[1]
-        self._lock.start()
-        unsent: str | None = text
-        while True:
-            try:
-                return process.communicate(unsent, timeout=LOOK_S)[1]
-            except subprocess.TimeoutExpired:
-                # It keeps what it was given, and may not be given it again.
-                unsent = None
-                self._lock.look(process.pid)
-
     def read_chain(self, chain: ChainId) -> tuple[str, ...] | None:
         """Return the rules of one chain; None: there is no such chain.
 
-        On nft this takes 2 ms whatever else there is; on legacy the whole table is read for it.
+        On nft this takes 2 ms whatever else there is. On legacy the whole table is read for it, by
+        the program that takes no lock: whoever watches who takes it need not know of this.
 
         Raises:
             IptablesError: it cannot be read.
         """
-        argv = [self.programs.save.removesuffix("-save"), "-t", chain.table, "-S", chain.chain]
+        if self.backend == "legacy":
+            argv = [self.programs.save, "-t", chain.table]
+        else:
+            command = self.programs.save.removesuffix("-save")
+            argv = [command, "-t", chain.table, "-S", chain.chain]
         done = _run(argv)
         if any(words in done.stderr for words in _NO_CHAIN):
             return None
         if done.returncode:
             raise _error(argv, done.returncode, done.stderr)
+        lines = done.stdout.splitlines()
+        if self.backend == "legacy":
+            return chains.parse_save(lines).get(chain.table, {}).get(chain.chain)
         # The first line declares the chain; parse_save knows the rest.
-        text = [f"*{chain.table}", *done.stdout.splitlines(), "COMMIT"]
-        return chains.parse_save(text)[chain.table].get(chain.chain, ())
+        return chains.parse_save([f"*{chain.table}", *lines, "COMMIT"])[chain.table].get(
+            chain.chain, ()
+        )
 
 
 def search_path() -> str:

@@ -9,6 +9,8 @@ from kubeproxy_py import rules
 from kubeproxy_py.iptables import backends
 from kubeproxy_py.model import IPFamily
 from tests.support.netns import iptables_programs
+from tests.support.object_files import ObjectFiles
+from tests.support.proxy import HEALTH_PORT, running
 
 pytestmark = pytest.mark.packet
 
@@ -91,3 +93,24 @@ def test_a_kubelet_that_has_gone_to_the_other_backend_is_noticed(clean_lab, back
     # Where it has left one in both, it has not gone anywhere.
     restored(clean_lab, backend, IPFamily.V4, hint)
     assert surveyed(clean_lab, backend).moved == ()
+
+
+def test_a_daemon_tells_what_packets_meet_in_the_other_backend_and_is_not_ready(
+    clean_lab, backend, left_in, tmp_path
+):
+    for text in (CHAINS, JUMP):
+        restored(clean_lab, left_in, IPFamily.V4, text)
+    files = ObjectFiles(tmp_path)
+    files.write([])
+    with running(clean_lab, backend, tmp_path / "log", f"--manifests={files.directory}") as proxy:
+        proxy.wait_synced()
+        proxy.wait(lambda: bool(proxy.events("backend.mixed")))
+        [mixed] = proxy.events("backend.mixed")
+        status, body = proxy.get("/readyz", HEALTH_PORT)
+
+        assert (mixed["backend"], mixed["jumps"]) == (left_in, ["nat/PREROUTING"])
+        assert proxy.metric("kubeproxy_iptables_other_backend_jumps") == 1
+        assert status == 503
+        assert f"cleanup --backend={left_in}" in body
+        # They are told, and left alone.
+        assert len(surveyed(clean_lab, backend).leftovers) == 1

@@ -187,6 +187,22 @@ def test_a_backend_that_cannot_be_cleaned_is_told_and_the_other_is_cleaned(
     assert not own_rules(node.live(other))
 
 
+def test_rules_that_no_program_is_there_for_are_told(command, node, backend, tmp_path, monkeypatch):
+    node.fill(backend, IPFamily.V4)
+    for name in (iptables_programs(backend, IPFamily.V4).command, "iptables"):
+        program = tmp_path / name
+        program.write_text("#!/bin/sh\nexit 1\n")
+        program.chmod(0o755)
+    with monkeypatch.context() as changed:
+        changed.setitem(node.lab.node._env, "PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+        done = command("cleanup", f"--backend={backend}", "--logging-format=json", check=False)
+
+    events = [json.loads(line) for line in done.stderr.splitlines()]
+    (failed,) = (event for event in events if event["event"] == "cleanup.failed")
+    assert (failed["backend"], failed["ip_family"]) == (backend, "IPv4")
+    assert done.returncode == 1
+
+
 KUBE_PROXY_TABLES = "add table ip kube-proxy\nadd chain ip kube-proxy x\nadd table ip6 kube-proxy\n"
 FOREIGN_TABLE = "add table ip mine\n"
 

@@ -2,12 +2,12 @@
 
 import ctypes
 import errno
+import itertools
 import json
 import queue
 import re
 import select
 import socket
-import struct
 import threading
 import time
 import tracemalloc
@@ -17,6 +17,7 @@ import pytest
 from kubeproxy_py import conntrack, hostnet, netlink
 from kubeproxy_py.conntrack import Frontends
 from kubeproxy_py.model import IPFamily
+from tests.support import tracked
 
 pytestmark = pytest.mark.packet
 
@@ -201,42 +202,14 @@ def test_a_flow_that_never_falls_silent_moves_to_the_new_endpoint(
     assert [before, stuck, after] == ["pod1", "pod1", "pod2"]
 
 
-def insert_many(count, at, family):
-    """Insert entries over netlink; every thousandth leads to the old endpoint."""
-    kind, first = (socket.AF_INET, 1) if family is IPFamily.V4 else (socket.AF_INET6, 3)
-    packed = {name: socket.inet_pton(kind, ip) for name, ip in at.items()}
-
-    def direction(number, source, source_port, destination, destination_port):
-        return netlink.nested(
-            number,
-            netlink.nested(
-                1, netlink.attribute(first, source), netlink.attribute(first + 1, destination)
-            ),
-            netlink.nested(
-                2,
-                netlink.attribute(1, bytes([socket.IPPROTO_UDP])),
-                netlink.attribute(2, struct.pack(">H", source_port)),
-                netlink.attribute(3, struct.pack(">H", destination_port)),
-            ),
-        )
-
-    def entry(number):
-        client = packed["client"][:-2] + struct.pack(">H", number % 50000)
-        port = 1024 + number // 50000
-        answerer = packed[OLD if number % 1000 == 0 else NEW]
-        return b"".join(
-            (
-                struct.pack("=BBH", kind, 0, 0),
-                direction(1, client, port, packed["vip"], 53),
-                direction(2, answerer, 5353, client, port),
-                netlink.attribute(3, struct.pack(">I", 1 << 3)),  # confirmed
-                netlink.attribute(7, struct.pack(">I", 300)),
-            )
-        )
-
-    with conntrack.connect() as sock:
-        for number in range(count):
-            sock.request(0x100, entry(number), flags=netlink.NLM_F_CREATE)
+def flows(count, at):
+    """Yield entries of which every thousandth leads to the old endpoint."""
+    vip, old, new = (
+        tracked.packed(at["vip"], 53),
+        *(tracked.packed(at[name], 5353) for name in (OLD, NEW)),
+    )
+    for number, client in enumerate(itertools.islice(tracked.clients(at["client"]), count)):
+        yield tracked.Flow(client, vip, new if number % 1000 else old)
 
 
 def test_100_000_entries_are_read_and_deleted_in_bounded_memory(
@@ -244,7 +217,7 @@ def test_100_000_entries_are_read_and_deleted_in_bounded_memory(
 ):
     node = clean_lab.node
     with node.entered():
-        insert_many(100_000, at, family)
+        tracked.insert(family, flows(100_000, at))
 
     few = reconcile(node, family, wanted(at))
     # The endpoint moves, and every entry is stale.

@@ -203,11 +203,24 @@ class Deployed:
         assert daemon.poll() is None, self.said()
         return daemon
 
+    def run_command(self, command):
+        """Run another command in the daemon's container and return its exit status."""
+        container = manifests.container(self.objects, "kubeproxy-py")
+        arguments = container["args"]
+        assert arguments[0] == "run"
+        container["args"] = [command, *arguments[1:]]
+        try:
+            return self.runner.start("kubeproxy-py", self.log).wait(60)
+        finally:
+            container["args"] = arguments
+
     def said(self):
         return self.log.read_text(errors="replace")
 
 
-@pytest.mark.parametrize("kustomization", ["overlays/kind", "overlays/kubeadm"])
+@pytest.mark.parametrize(
+    ("kustomization", "backend"), [("overlays/kind", "nft"), ("overlays/kubeadm", "legacy")]
+)
 def test_what_the_manifest_gives_is_enough_and_used(
     kustomization, clean_lab, servers, backend, api, tmp_path
 ):
@@ -232,6 +245,9 @@ def test_what_the_manifest_gives_is_enough_and_used(
         "kube-system",
     )
     assert deployed.authorizer.permissions == only_upstream.permissions
+    assert "config.warned" not in deployed.said()
+    # What the documents say to look at: nothing is left to be changed.
+    assert deployed.run_command("plan") == 0, deployed.said()
     # Capabilities: nothing was refused but what the documents say.
     words = ("permitted", "read-only", "denied")
     refused = {
@@ -255,11 +271,11 @@ def test_without_a_permission_the_authorizer_of_these_tests_says_no(clean_lab, a
     ]
 
 
-def test_without_net_admin_the_daemon_ends_with_a_reason(clean_lab, backend, api, tmp_path):
-    deployed = Deployed("overlays/kind", clean_lab, api, tmp_path, backend)
+def test_without_net_admin_the_daemon_ends_with_a_reason(clean_lab, api, tmp_path):
+    deployed = Deployed("overlays/kind", clean_lab, api, tmp_path, "nft")
     context = manifests.container(deployed.objects, "kubeproxy-py")["securityContext"]
     context["capabilities"]["add"] = ["NET_RAW"]
     daemon = deployed.runner.start("kubeproxy-py", deployed.log)
 
     assert daemon.wait(60) == 1
-    assert "iptables is not available on this host" in deployed.said()
+    assert "NET_ADMIN" in deployed.said()

@@ -24,8 +24,9 @@ from tests.support.proxy import own_rules, running
 
 pytestmark = pytest.mark.packet
 
-#: From the fault to the repaired rules, a program that looks at them included.
-DEADLINE_S = {"nft": 2.0, "legacy": 3.0}
+#: From the fault to the repaired rules, a program that looks at them included, on a machine that is
+#: busy with other things. How long it takes is measured by `make bench ONLY=drift`.
+DEADLINE_S = {"nft": 8.0, "legacy": 8.0}
 SAVES = "kubeproxy_sync_full_proxy_rules_duration_seconds_count"
 
 
@@ -189,6 +190,19 @@ def test_a_renamed_chain_is_written_again_and_its_stray_left_alone(proxy):
     )
 
     assert ("nat", "chain_removed") in told(lines)
+
+
+def test_a_renamed_chain_of_a_service_is_found_without_reading_everything(proxy, backend):
+    before, chain = proxy.live(), service_chain(proxy)
+    looks = proxy.metric(SAVES)
+    lines = repaired(
+        proxy,
+        before,
+        lambda: proxy.lab.node.run([command(proxy), "-t", "nat", "-E", chain, "SOMETHING"]),
+    )
+
+    assert told(lines) == {("nat", "chain_removed"), ("nat", "rule_changed")}
+    assert backend == "legacy" or proxy.metric(SAVES) == looks
 
 
 def test_a_restore_of_nat_without_our_chains_is_repaired(proxy):

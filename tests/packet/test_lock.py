@@ -7,9 +7,10 @@ import time
 
 import pytest
 
+from kubeproxy_py.model import IPFamily
 from tests.support.builders import cluster
 from tests.support.object_files import ObjectFiles
-from tests.support.proxy import own_rules, running
+from tests.support.proxy import HEALTH_PORT, own_rules, running
 from tests.support.traffic import wait_until
 
 pytestmark = pytest.mark.packet
@@ -93,6 +94,25 @@ def test_what_waits_for_the_lock_is_written_when_it_is_free_and_the_holder_named
     assert holder.pid in waiting["pid"]
     assert f"sleep (pid {holder.pid}): sleep 60" in waiting["holder"]
     proxy.wait(lambda: proxy.metric("kubeproxy_xtables_lock_waiting") == 0)
+
+
+@pytest.mark.parametrize("backend", ["legacy"], indirect=True)
+def test_a_daemon_that_starts_while_the_lock_is_held_waits_and_says_for_whom(
+    clean_lab, backend, files, tmp_path
+):
+    log = tmp_path / "log"
+    with (
+        lock_held(clean_lab) as holder,
+        running(clean_lab, backend, log, f"--manifests={files.directory}") as proxy,
+    ):
+        proxy.wait(lambda: len(proxy.events("lock.waiting")) == len(IPFamily))
+        assert proxy.get("/readyz", HEALTH_PORT)[0] == 503
+        assert all(line["pid"] == [holder.pid] for line in proxy.events("lock.waiting"))
+        assert own_rules(proxy.live()) == {}
+        holder.kill()
+        proxy.wait_synced()
+        proxy.wait(lambda: proxy.get("/readyz", HEALTH_PORT)[0] == 200)
+        assert services(proxy) == 5
 
 
 @pytest.mark.parametrize("backend", ["legacy"], indirect=True)

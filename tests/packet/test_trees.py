@@ -22,10 +22,10 @@ from kubeproxy_py.model import (
 from kubeproxy_py.ruleset import Ruleset
 from tests.support import kube_proxy, states
 from tests.support.addresses import PLANS
-from tests.support.builders import make_endpoint, make_service, make_slice
 from tests.support.object_files import ObjectFiles
 from tests.support.proxy import own_rules, running
 from tests.support.traffic import Ticker, connect
+from tests.support.webs import cluster_ip, web
 
 pytestmark = pytest.mark.packet
 
@@ -155,30 +155,6 @@ def test_cleanup_removes_a_tree(node, clean_lab, family):
 
 
 # Packets -----------------------------------------------------------------------------------------
-
-
-def cluster_ip(family, number):
-    """Return an address of the address plan's Services, a thousand of which exist."""
-    if family is IPFamily.V4:
-        return f"172.30.{1 + number // 250}.{1 + number % 250}"
-    return f"fd00:172:30::{1 + number // 250:x}:{1 + number % 250:x}"
-
-
-def web(family, number, pod, silent=0):
-    """Return a Service with one endpoint that answers, as the API has it, and *silent* others."""
-    name = f"{family.value.lower()}-{number}"
-    nobody = "10.180.7.{}" if family is IPFamily.V4 else "fd00:10:180:7::{}"
-    return (
-        make_service(name, cluster_ip=cluster_ip(family, number)),
-        make_slice(
-            name,
-            endpoints=[
-                make_endpoint(pod.address(family)),
-                *(make_endpoint(nobody.format(n + 1)) for n in range(silent)),
-            ],
-            address_type=family.value,
-        ),
-    )
 
 
 def test_two_hundred_services_answer_and_an_address_beside_them_does_not(

@@ -7,6 +7,7 @@ api_requests.py, open watches are in api_watch.py, sockets in api_server.py.
 """
 
 import dataclasses
+import email.utils
 import gzip
 import json
 import secrets
@@ -30,6 +31,7 @@ _GZIP_ABOVE: Final = 128 << 10  # kube-apiserver's threshold
 _WATCH_TIMEOUT_S: Final = 1800.0
 # What kube-apiserver tells without a token too (the role system:public-info-viewer).
 _OPEN_PATHS: Final = frozenset(["/healthz", "/livez", "/readyz", "/version"])
+_REVIEWS: Final = "/apis/authorization.k8s.io/v1/selfsubjectaccessreviews"
 _CONTINUE_EXPIRED: Final = (
     "The provided continue parameter is too old to display a consistent list result. You can start "
     "a new list without the continue parameter, or use the continue token in this response to "
@@ -49,6 +51,8 @@ class Settings:
     bookmark_interval_s: float = 60.0  # kube-apiserver's: about a minute
     # Tells whether a request may be answered; None: everything is allowed.
     authorize: Callable[[api_http.Request, api_requests.Route], bool] | None = None
+    version: str = "v1.36.2"  # what /version says
+    clock_ahead_s: float = 0.0  # of this server's clock, in its Date headers
 
 
 class Api:
@@ -143,7 +147,9 @@ class Api:
         self, request: api_http.Request, route: api_requests.Route | None
     ) -> api_http.Response:
         if _open_path(request) and request.method == "GET":
-            return _fixed(_open_path(request))
+            return _fixed(_open_path(request), self.settings)
+        if (request.method, request.path) == ("POST", _REVIEWS):
+            return self._review(request)
         if route is None:
             raise Refusal(404)
         if not api_requests.accepts_json(request):
@@ -162,6 +168,20 @@ class Api:
             case "delete":
                 return api_http.Response(200, self._delete(route))
         raise Refusal(405)
+
+    def _review(self, request: api_http.Request) -> api_http.Response:
+        """Answer a SelfSubjectAccessReview."""
+        review = api_requests.parse_json(request, frozenset(["application/json"]))
+        asked = review["spec"]["resourceAttributes"]
+        group = asked.get("group")
+        path = f"/{f'apis/{group}' if group else 'api'}/v1/{asked['resource']}"
+        route = api_requests.parse_path(path)
+        if route is None:
+            raise Refusal(400, f"{path} is not served here")
+        meant = dataclasses.replace(request, path=path, verb=asked["verb"])
+        authorize = self.settings.authorize
+        review["status"] = {"allowed": authorize is None or authorize(meant, route)}
+        return api_http.Response(201, json.dumps(review).encode())
 
     # ---- reading
 
@@ -406,13 +426,13 @@ def _open_path(request: api_http.Request) -> str:
     return path if path in _OPEN_PATHS else ""
 
 
-def _fixed(path: str) -> api_http.Response:
+def _fixed(path: str, settings: Settings) -> api_http.Response:
     if path != "/version":
         return api_http.Response(200, b"ok", content_type="text/plain; charset=utf-8")
     version = {
         "major": "1",
         "minor": "36",
-        "gitVersion": "v1.36.2",
+        "gitVersion": settings.version,
         "gitCommit": "0" * 40,
         "gitTreeState": "clean",
         "buildDate": "2026-01-01T00:00:00Z",
@@ -420,7 +440,9 @@ def _fixed(path: str) -> api_http.Response:
         "compiler": "gc",
         "platform": "linux/amd64",
     }
-    return api_http.Response(200, json.dumps(version, indent=2).encode())
+    date = email.utils.formatdate(time.time() + settings.clock_ahead_s, usegmt=True)
+    body = json.dumps(version, indent=2).encode()
+    return api_http.Response(200, body, headers=(("Date", date),))
 
 
 def _key(route: api_requests.Route) -> str:

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import msgspec
 import pytest
 
 from kubeproxy_py import conntrack
@@ -9,6 +10,7 @@ from kubeproxy_py.errors import IptablesError
 from kubeproxy_py.iptables import chains
 from kubeproxy_py.metrics import Metrics
 from kubeproxy_py.model import IPFamily, ServiceName, Tables
+from kubeproxy_py.rules import Layout
 from kubeproxy_py.ruleset import HealthCheck, Ruleset
 from kubeproxy_py.store import Store
 from kubeproxy_py.sync import Effects, Syncer, SyncResult
@@ -29,6 +31,7 @@ class World:
         kernel: FakeIptables | None = None,
         *,
         max_batch_rules: int | None = None,
+        layout: Layout = "flat",
     ) -> None:
         self.metrics = metrics
         self.kernel = kernel or FakeIptables()
@@ -50,7 +53,7 @@ class World:
             node_changed=lambda node: None,
             clock=lambda: 0.0,
         )
-        self.ruleset = Ruleset(OPTIONS)
+        self.ruleset = Ruleset(msgspec.structs.replace(OPTIONS, layout=layout))
         self.syncer = Syncer(
             V4,
             store=self.store,

@@ -36,8 +36,6 @@ class WrappedPrograms:
     def garble(self, program: str, text: str) -> None:
         """Let *program* say all it says without *text*, as one that cannot read a rule of others."""
         self._write(program, f"{shutil.which(program)} \"$@\" | sed 's,{text},,'\n")
-        # Whoever finds one program in a directory takes the others from there.
-        self.mend(f"{program}-save")
 
     def mend(self, program: str) -> None:
         """Let *program* be the host's again."""

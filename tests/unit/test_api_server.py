@@ -1,6 +1,7 @@
 """The tests' API server, asked with the standard library's HTTP client."""
 
 import contextlib
+import email.utils
 import gzip
 import http.client
 import io
@@ -9,6 +10,7 @@ import shutil
 import socket
 import ssl
 import threading
+import time
 import urllib.parse
 
 import pytest
@@ -968,3 +970,41 @@ def test_made_up_service_with_many_endpoints_has_several_slices():
     slices = [obj for obj in builders.cluster(1, 250) if obj["kind"] == "EndpointSlice"]
 
     assert [len(obj["endpoints"]) for obj in slices] == [100, 100, 50]
+
+
+# Permissions -------------------------------------------------------------------------------------
+
+
+def may(server, verb, resource):
+    answer = ask(
+        server,
+        "/apis/authorization.k8s.io/v1/selfsubjectaccessreviews",
+        method="POST",
+        body={
+            "apiVersion": "authorization.k8s.io/v1",
+            "kind": "SelfSubjectAccessReview",
+            "spec": {"resourceAttributes": {"verb": verb, "resource": resource}},
+        },
+    )
+    assert answer.status == 201
+    return answer.json["status"]["allowed"]
+
+
+def test_what_nobody_may_do_is_refused_and_told_when_asked(server):
+    server.settings.authorize = lambda request, route: (
+        (request.verb, route.resource.plural) != ("list", "services")
+    )
+
+    assert (may(server, "list", "services"), may(server, "watch", "services")) == (False, True)
+    assert ask(server, SERVICES).status == 403
+    assert ask(server, SLICES).status == 200
+
+
+def test_version_and_clock_can_be_set(server):
+    server.settings.version = "v1.20.0"
+    server.settings.clock_ahead_s = 3600
+    answer = ask(server, "/version")
+    date = email.utils.parsedate_to_datetime(answer.headers["Date"])
+
+    assert answer.json["gitVersion"] == "v1.20.0"
+    assert 3500 < date.timestamp() - time.time() < 3700

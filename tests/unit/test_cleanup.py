@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kubeproxy_py import cleanup, rules
-from kubeproxy_py.iptables import chains
+from kubeproxy_py.iptables import chains, plan
 
 OURS = {
     "nat": {
@@ -126,7 +126,7 @@ def test_jumps_go_before_the_chains_they_lead_to():
 def test_chains_are_emptied_before_any_of_them_is_deleted():
     # They lead to each other, and a chain that is led to cannot be deleted.
     for section in cleanup.removal(tables(OURS)).sections:
-        lines = list(section.pieces())
+        lines = plan.Batch((section,)).render().splitlines()
         for name in section.delete:
             first = min(number for number, line in enumerate(lines) if line.startswith("-X "))
             assert lines.index(f":{name} - [0:0]") < first

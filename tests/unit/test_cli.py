@@ -340,6 +340,42 @@ def test_what_is_invalid_on_the_api_server_is_left_out_and_named(command, tmp_pa
     assert "default/bad" not in ended.out
 
 
+def exposed_services():
+    yield make_service("web", externalIPs=["192.168.99.22", "172.30.0.42"], lb_ips=["1.2.3.4"])
+    yield make_slice("web")
+    yield make_service("db", cluster_ip="172.30.0.42")
+
+
+@pytest.mark.parametrize(
+    ("allowed", "served"),
+    [
+        ((), ["1.2.3.4", "192.168.99.22"]),
+        (("--external-ips-allow=192.168.99.0/24,172.30.0.0/16",), ["192.168.99.22"]),
+    ],
+)
+def test_external_addresses_that_are_refused_are_named_and_all_else_is_rendered(
+    command, manifests, allowed, served
+):
+    ended = command("render", f"--manifests={manifests(*exposed_services())}", *FLAGS, *allowed)
+
+    assert ended.status == 0
+    rules = rules_of(ended.out, "KUBE-SERVICES")
+    assert sorted(r.split()[1].split("/")[0] for r in rules if "KUBE-EXT-" in r) == served
+    assert any("cluster IP" in rule for rule in rules)
+    assert "Service 'default/web': spec.externalIPs: 172.30.0.42 is the cluster IP" in ended.err
+    assert ("1.2.3.4 is outside of --external-ips-allow" in ended.err) is bool(allowed)
+
+
+def test_a_service_is_explained_with_the_addresses_it_is_served_on(command, manifests):
+    directory = manifests(*exposed_services())
+    ended = command("explain", f"--manifests={directory}", *FLAGS, "default/web")
+
+    assert ended.status == 0
+    assert "192.168.99.22" in ended.out
+    assert "172.30.0.42" not in ended.out
+    assert "172.30.0.42 is the cluster IP of Service 'default/db'" in ended.err
+
+
 # render: facts of the node --------------------------------------------------------------------------
 
 

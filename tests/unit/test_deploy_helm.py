@@ -164,6 +164,29 @@ def test_every_value_has_an_effect():
     assert group["rules"][-1]["alert"] == "Mine"
 
 
+@pytest.mark.parametrize(
+    ("address", "host", "port"),
+    [
+        ("0.0.0.0:10300", None, 10300),
+        ("[::]:10300", None, 10300),
+        ("::", None, 10256),
+        ("127.0.0.1:10300", "127.0.0.1", 10300),
+        ("127.0.0.1", "127.0.0.1", 10256),
+        ("[fd00::1]:10300", "fd00::1", 10300),
+        ("fd00::1", "fd00::1", 10256),
+        ("", None, 10256),
+    ],
+)
+def test_probes_go_where_the_health_server_listens(address, host, port):
+    daemon = manifests.container(objects(config={"healthzBindAddress": address}), "kubeproxy-py")
+    probes = [
+        daemon[kind]["httpGet"] for kind in ("startupProbe", "livenessProbe", "readinessProbe")
+    ]
+
+    assert {probe.get("host") for probe in probes} == {host}
+    assert {p["name"]: p["hostPort"] for p in daemon["ports"]}["healthz"] == port
+
+
 def test_a_digest_takes_precedence_over_a_tag():
     digest = "sha256:" + "a" * 64
     made = objects(image={"tag": "1", "digest": digest})
@@ -227,7 +250,11 @@ def test_alerts_are_about_metrics_that_exist():
     (group,) = manifests.one(objects(prometheusRule={"enabled": True}), "PrometheusRule")["spec"][
         "groups"
     ]
-    used = {name for rule in group["rules"] for name in re.findall(r"kubeproxy_\w+", rule["expr"])}
+    used = {
+        name
+        for rule in group["rules"]
+        for name in re.findall(r"(?<![:\w])kubeproxy_\w+", rule["expr"])
+    }
 
     assert len(used) >= 5
     assert used - known == set()

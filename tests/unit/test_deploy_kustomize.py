@@ -1,6 +1,9 @@
 """deploy/kubernetes: what is rendered is valid, and agrees with the program it starts."""
 
+import functools
 import json
+import operator
+import re
 import shutil
 import subprocess
 
@@ -300,3 +303,24 @@ def test_patches_keep_what_they_do_not_name():
         "containers": [{"name": "x", "env": [{"name": "B"}, {"name": "A", "value": "1"}]}],
         "args": [2],
     }
+
+
+@pytest.mark.parametrize("document", ["docs/kubernetes.md", "deploy/helm/kubeproxy-py/README.md"])
+def test_paths_that_the_documents_name_exist(document):
+    text = (manifests.ROOT / document).read_text()
+    named = {path.rstrip(".") for path in re.findall(r"\b(?:deploy|e2e)/[\w./-]+", text)}
+
+    assert named
+    assert [path for path in sorted(named) if not (manifests.ROOT / path).exists()] == []
+
+
+def test_the_hand_back_takes_away_what_the_take_over_brought():
+    text = (manifests.ROOT / "docs" / "kubernetes.md").read_text()
+    removed = re.findall(r'"op": "remove", "path": "([^"]+)"', text)
+    off = kustomize.merge(KUBE_PROXY, patch_of("overlays/kubeadm-canary/kube-proxy.yaml"))
+    off = kustomize.merge(off, patch_of("overlays/kubeadm/kube-proxy.yaml"))
+    for path in removed:
+        *parents, last = path.strip("/").split("/")
+        del functools.reduce(operator.getitem, parents, off)[last]
+
+    assert off == KUBE_PROXY

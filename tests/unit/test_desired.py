@@ -89,3 +89,4 @@ def test_external_ips_can_be_switched_off(write, is_allowed):
     services = built.tables["nat"]["KUBE-SERVICES"]
 
     assert any("192.168.99.22" in rule for rule in services) is is_allowed
+    assert [refusal.reason for refusal in store.refusals()] == ([] if is_allowed else ["disabled"])

@@ -155,6 +155,9 @@ def world(metrics):
         return world.kernel.tables.get(chain.table, {}).get(chain.chain)
 
     world.syncer._read_chain = read_chain
+    world.syncer._list_chains = lambda: {
+        ChainId(table, name) for table, found in world.kernel.tables.items() for name in found
+    }
     world.listed(make_node(), make_service(), make_slice())
     world.sync()
     world.kernel.restored.clear()
@@ -201,6 +204,58 @@ def test_a_chain_with_our_name_is_deleted(world):
 
     assert "KUBE-SVC-STRAY" not in world.kernel.tables["nat"]
     assert [line["kind"] for line in lines] == ["chain_added"]
+
+
+def rename(world, old, new):
+    """Rename a chain of nat as the kernel does: whatever leads there, leads to the new name."""
+    nat = world.kernel.tables["nat"]
+    nat[new] = nat.pop(old)
+    for name, texts in nat.items():
+        nat[name] = tuple(text.replace(f"-j {old}", f"-j {new}") for text in texts)
+
+
+def service_chain(world):
+    return next(name for name in world.own()["nat"] if name.startswith("KUBE-SVC-"))
+
+
+@pytest.mark.parametrize("new", ["SOMETHING", "KUBE-SVC-SOMETHING"])
+def test_a_renamed_chain_is_written_again_and_all_that_leads_there(world, new):
+    rename(world, service_chain(world), new)
+    lines = repaired(world, ChainId("nat", ""))
+
+    assert world.own() == desired(make_service(), make_slice())
+    assert world.kernel.saves == 1  # that of the start
+    assert {line["kind"] for line in lines} >= {"chain_removed", "rule_changed"}
+
+
+def test_a_chain_renamed_among_others_own_is_nothing_to_us(world):
+    assert repaired(world, ChainId("nat", "")) == []
+    assert (world.read, world.kernel.restored) == ([], [])
+
+
+def test_renamed_chains_are_looked_for_everywhere_if_names_cannot_be_listed(world):
+    world.syncer._list_chains = None
+    rename(world, service_chain(world), "SOMETHING")
+    repaired(world, ChainId("nat", ""))
+
+    assert world.own() == desired(make_service(), make_slice())
+
+
+def test_many_renamed_chains_are_read_at_once(world):
+    services = [make_service(f"svc{n}", cluster_ip=f"172.30.1.{n}") for n in range(1, 60)]
+    slices = [make_slice(f"svc{n}") for n in range(1, 60)]
+    world.listed(make_node(), *services, *slices)
+    world.sync()
+    saves, read = world.kernel.saves, len(world.read)
+    for name in [name for name in world.own()["nat"] if name.startswith("KUBE-SVC-")]:
+        rename(world, name, f"X-{name[-16:]}")
+    repaired(world, ChainId("nat", ""))
+
+    assert world.own() == desired(*services, *slices)
+    assert (world.kernel.saves, len(world.read)) == (
+        saves + 2,
+        read,
+    )  # once more to learn spellings
 
 
 def test_what_we_are_asked_for_at_the_same_time_is_not_called_drift(world):

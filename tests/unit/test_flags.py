@@ -96,7 +96,18 @@ version=false
 vmodule=
 write-config-to=
 """
-OUR_FLAGS = {"dispatch", "iptables-backend", "manifests", "state-file", "status-socket"}
+OUR_FLAGS = {
+    "dispatch",
+    "external-ips-allow",
+    "iptables-backend",
+    "manifests",
+    "state-file",
+    "status-socket",
+    "traffic-metrics",
+    "traffic-metrics-max-series",
+    "traffic-metrics-namespaces",
+    "traffic-metrics-state",
+}
 
 
 @click.command(cls=flag_types.Command)
@@ -236,6 +247,19 @@ def test_our_own_flags():
     assert (given.dispatch, given.iptables_backend) == ("flat", "nft")
 
 
+def test_traffic_is_counted_where_that_is_asked_for():
+    assert settings().traffic is None
+    assert settings("--traffic-metrics=service").traffic == flags.Traffic(
+        detail="service", max_series=500, state_file="/run/kubeproxy-py/traffic.json"
+    )
+    assert settings(
+        "--traffic-metrics=endpoint",
+        "--traffic-metrics-max-series=10",
+        "--traffic-metrics-namespaces=a,b",
+        "--traffic-metrics-state=",
+    ).traffic == flags.Traffic(detail="endpoint", max_series=10, namespaces=("a", "b"))
+
+
 def test_flags_that_choose_what_run_does():
     given = settings("--init-only", "--cleanup", "--write-config-to=/w", "--master=http://m")
 
@@ -304,6 +328,13 @@ def test_list_flags_accumulate():
     assert given.config.node_port_addresses == ("10.0.0.0/8", "11.0.0.0/8", "12.0.0.0/8")
 
 
+def test_cidrs_are_kept_in_their_canonical_spelling():
+    given = settings("--external-ips-allow=192.0.2.9/24, FD00:0::/64", "--external-ips-allow=")
+
+    assert given.external_ips_allow == ("192.0.2.0/24", "fd00::/64")
+    assert given.flag_values["external-ips-allow"] == "[192.0.2.0/24,fd00::/64]"
+
+
 def test_feature_gates_are_merged():
     given = settings("--feature-gates=A=true,B=true", "--feature-gates", "B=false, C=true")
 
@@ -326,8 +357,13 @@ def test_feature_gates_are_merged():
         ("--vmodule=a", '"a" does not have the pattern=N format'),
         ("--v=-1", '"-1" is out of range'),
         ("--dispatch=round", '"round" is not one of auto, flat, tree'),
+        ("--traffic-metrics=all", '"all" is not one of off, service, endpoint'),
+        ("--traffic-metrics-max-series=0", '"0" is out of range'),
+        ("--traffic-metrics-namespaces=a,B", '"B" is not the name of a namespace'),
         ("--manifests=", "a path must not be empty"),
         ('--nodeport-addresses="a', "unexpected end of data"),
+        ("--external-ips-allow=10.0.0.0/8,x", '"x" is not a CIDR'),
+        ("--external-ips-allow=10.0.0.1", '"10.0.0.1" is not a CIDR'),
     ],
 )
 def test_bad_text_is_a_usage_error_that_names_the_flag(arg, message):
@@ -529,6 +565,7 @@ def test_flags_that_still_count_beside_a_file(config_file):
         "--master=http://m",
         "--init-only",
         "--dispatch=flat",
+        "--external-ips-allow=192.0.2.0/24",
         "--manifests=/m",
     )
 
@@ -544,6 +581,7 @@ def test_flags_that_still_count_beside_a_file(config_file):
     )
     assert (given.master, given.init_only) == ("http://m", True)
     assert (given.dispatch, given.manifests) == ("flat", ("/m",))
+    assert given.external_ips_allow == ("192.0.2.0/24",)
 
 
 def test_defaults_of_flags_do_not_override_the_file(config_file):

@@ -1,6 +1,8 @@
 """What is learned of this host, as far as no kernel is needed for it."""
 
+import gc
 import socket
+import sys
 
 import pytest
 import structlog
@@ -85,3 +87,15 @@ def test_a_backend_that_was_asked_for_is_not_looked_for(backend):
 
 def test_releasing_memory_is_harmless():
     assert host.release_memory() is None
+
+
+def test_cycles_are_looked_for_seldom_and_threads_wait_for_each_other_shortly():
+    before = gc.get_threshold(), sys.getswitchinterval()
+    try:
+        host.tune_interpreter()
+
+        assert gc.get_threshold()[0] >= 10_000
+        assert sys.getswitchinterval() < 0.001
+    finally:
+        gc.set_threshold(*before[0])
+        sys.setswitchinterval(before[1])

@@ -18,7 +18,7 @@ from kubeproxy_py.errors import KubeProxyError
 from kubeproxy_py.httpserver import HttpServer, Limits, Response
 from kubeproxy_py.model import IPFamily
 
-DEADLINE_S = 10
+DEADLINE_S = 30
 GET = b"GET / HTTP/1.1\r\nHost: node1\r\n\r\n"
 
 

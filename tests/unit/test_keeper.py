@@ -187,6 +187,7 @@ def test_a_pipe_in_its_place_keeps_nobody_waiting(path):
 def test_a_directory_in_its_place_is_told_and_survived(metrics, path):
     path.mkdir(parents=True)
     with capture_logs() as logs, Kept(metrics, path) as kept:
+        until(lambda: kept.value("failures_total", operation="load") == 1)
         kept.listed(*ITEMS)
         until(lambda: kept.value("failures_total", operation="save") > 1)
 

@@ -1,6 +1,7 @@
 """Who has the xtables lock, as /proc tells it, and how a wait for it is told and counted."""
 
 import os
+import threading
 
 import pytest
 from structlog.testing import capture_logs
@@ -192,3 +193,18 @@ def test_one_that_gave_up_before_anybody_looked_has_waited(world):
     world.watch.finish(has_lock=False)
 
     assert world.watch.wait == LockWait(5.0, (OTHER,))
+
+
+def test_a_restore_that_runs_is_looked_at_until_it_is_over(metrics):
+    has_looked = threading.Event()
+
+    def find():
+        has_looked.set()
+        return (CHILD,)
+
+    watch = LockWatch(IPFamily.V4, metrics, find=find)
+    with watch.following(CHILD.pid):
+        assert has_looked.wait(10)
+    has_looked.clear()
+
+    assert not [thread for thread in threading.enumerate() if thread.name == "lock-watch"]

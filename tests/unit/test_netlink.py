@@ -212,3 +212,45 @@ def test_attributes_come_back_as_they_were_written():
 )
 def test_malformed_attributes_end_the_walk(data):
     assert list(netlink.attributes(memoryview(data))) == []
+
+
+def lists(sock, *payloads):
+    return list(sock.dump_each(ITEM, payloads, lambda buffer, begin, end: bytes(buffer[begin:end])))
+
+
+def test_many_lists_are_dumped_one_after_the_other():
+    sock = opened(
+        message(ITEM, b"aaaa") + message(ITEM, b"bbbbb"),
+        message(DONE, bytes(4)),
+        message(ITEM, b"late") + message(DONE, bytes(4), seq=2),
+    )
+
+    assert lists(sock, b"one", b"two") == [[b"aaaa", b"bbbbb"], []]
+    assert b"two" in sock._raw.sent[1]
+
+
+def test_a_list_that_changed_is_no_list_and_the_next_one_is():
+    sock = opened(
+        message(ITEM, b"aaaa", flags=DUMP_INTR),
+        message(DONE, bytes(4)),
+        message(DONE, bytes(4), seq=2),
+    )
+
+    assert lists(sock, b"one", b"two") == [None, []]
+
+
+@pytest.mark.parametrize(
+    "datagram",
+    [answer(errno.EPERM), struct.pack("=IHHII", 8, ITEM, 0, 1, 0), message(ITEM, b"aaaa")[:-1]],
+    ids=["refused", "too short", "cut off"],
+)
+def test_a_refusal_or_damage_ends_all_lists(datagram):
+    with pytest.raises(netlink.NetlinkError):
+        lists(opened(datagram), b"one", b"two")
+
+
+def test_what_others_send_is_in_no_list():
+    sock = opened(message(ITEM, b"evil"), OSError(errno.EAGAIN, "silence"), sender=5)
+
+    with pytest.raises(netlink.NetlinkError):
+        lists(sock, b"one")

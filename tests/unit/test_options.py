@@ -2,7 +2,7 @@
 
 import pytest
 
-from kubeproxy_py import config, options
+from kubeproxy_py import config, external, options
 from kubeproxy_py.config import KubeProxyConfiguration
 from kubeproxy_py.errors import ConfigError
 from kubeproxy_py.model import IPFamily
@@ -397,3 +397,12 @@ def test_a_server_address_of_a_family_that_is_not_there_is_doubted(field, addres
         [f"cluster is {ips.primary.value}-only but {name} is {other.value}"] if is_doubted else []
     )
     assert options.doubts(settings, ips, (), BOTH) == []
+
+
+@pytest.mark.parametrize("is_allowed", [True, False])
+def test_the_policy_for_external_addresses_is_of_gate_and_flag(is_allowed):
+    settings = configured(feature_gates={"AllowServiceExternalIPs": is_allowed})
+
+    assert options.external_policy(settings, ("192.0.2.0/24",)) == external.Policy(
+        allows_external_ips=is_allowed, allowed=("192.0.2.0/24",)
+    )

@@ -210,6 +210,31 @@ def test_source_ranges_never_leak(before, after, max_rules):
         assert guarded <= targets(tables, "filter", rules.PROXY_FIREWALL).keys()
 
 
+@FEW
+@given(strategies.service_states(), strategies.service_states(), SIZES)
+def test_after_a_flush_services_come_back_one_by_one_and_none_goes_again(before, after, max_rules):
+    kernel = kernel_with(ruleset_of(before), FOREIGN)
+    for table in ("nat", "filter"):
+        kernel.tables[table] = dict.fromkeys(kernel.tables[table], ())
+    ruleset = ruleset_of(after)
+    last = set()
+    for step in steps(planned(ruleset, kernel.save(), max_rules=max_rules)):
+        kernel.restore(step)
+        found = delivered(kernel.tables) if has_way(kernel.tables) else set()
+        assert last <= found
+        last = found
+        # What restricts a Service is there before the Service is.
+        to = targets(kernel.tables, "nat", rules.SERVICES)
+        guarded = {destination for destination, chain in to.items() if chain.startswith("KUBE-FW-")}
+        assert guarded <= targets(kernel.tables, "filter", rules.PROXY_FIREWALL).keys()
+
+    assert own(kernel.tables) == own(ruleset.tables)
+
+
+def has_way(tables):
+    return any(rule.endswith(f"-j {rules.SERVICES}") for rule in tables["nat"]["PREROUTING"])
+
+
 # Nobody's text becomes a rule --------------------------------------------------------------------
 
 _HOSTILE = st.sampled_from(
@@ -319,6 +344,26 @@ def test_no_limit_is_one_batch_and_a_limit_several():
 
     assert len(planned(ruleset, live)) == 1
     assert len(planned(ruleset, live, max_rules=1)) > 3
+
+
+def test_after_a_flush_the_way_is_written_first_and_after_more_than_that_last():
+    ruleset = ruleset_of(ONE)
+    (group,) = ruleset.groups()
+    kernel = kernel_with(ruleset)
+    kernel.tables["nat"] = dict.fromkeys(kernel.tables["nat"], ())
+
+    def order():
+        batches = planned(ruleset, kernel.save(), max_rules=1)
+        sections = [section for batch in batches for section in batch.sections]
+        jumps = next(n for n, section in enumerate(sections) if section.insert)
+        return jumps, next(n for n, section in enumerate(sections) if group[0] in section.write)
+
+    jumps, chains_of_service = order()
+    assert jumps < chains_of_service
+    # Nothing may lead to a chain that is not there.
+    del kernel.tables["nat"][group[0]]
+    jumps, chains_of_service = order()
+    assert jumps > chains_of_service
 
 
 def test_chains_of_one_service_change_in_one_section():

@@ -24,17 +24,17 @@ DUAL = {
 TCP = PortKey("", "tcp")
 
 
-def service_record(item, **options):
-    return records.service_record(msgspec.convert(item, objects.Service), **options)
+def service_record(item):
+    return records.service_record(msgspec.convert(item, objects.Service))
 
 
 def slice_record(item):
     return records.slice_record(msgspec.convert(item, objects.EndpointSlice), node_name="node1")
 
 
-def only_port(item, family=V4, **options):
+def only_port(item, family=V4):
     """Return the one ServicePort of an object without problems."""
-    record = service_record(item, **options)
+    record = service_record(item)
     assert record.problems == ()
     (port,) = record.ports[family].values()
     return port
@@ -346,13 +346,6 @@ def test_external_ip_that_is_none_is_named_and_left_out():
 
     assert record.ports[V4][TCP].external_ips == ("192.168.99.22",)
     assert said(record) == [("spec.externalIPs[0]", "'x' is not an IP address")]
-
-
-def test_external_ips_that_are_not_allowed_make_no_rules_but_stay_known():
-    port = only_port(make_service(externalIPs=["192.168.99.22"]), allow_external_ips=False)
-
-    assert port.external_ips == ()
-    assert port.is_externally_accessible
 
 
 @pytest.mark.parametrize(

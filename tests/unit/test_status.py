@@ -353,6 +353,18 @@ def schema():
     return json.dumps(msgspec.json.schema(Status), indent=2) + "\n"
 
 
+def test_addresses_that_are_refused_and_doubts_are_asked_for_each_time():
+    asked = gatherer()
+    assert (asked.status().refused_addresses, asked.status().doubts) == ((), ())
+
+    asked.refused_addresses = lambda: ["Service 'a/b': x"]
+    asked.doubts = lambda: ["Service 'c/d': y"]
+    found = asked.status()
+    assert (found.refused_addresses, found.doubts) == (("Service 'a/b': x",), ("Service 'c/d': y",))
+    # A policy that works is no trouble of the daemon's.
+    assert found.warnings == ()
+
+
 def test_the_published_schema_is_that_of_the_document():
     # To renew it: python -m tests.unit.test_status
     assert SCHEMA.read_text() == schema()

@@ -71,6 +71,18 @@ def text(status=STATUS, **fields):
     return status_text.status_text(msgspec.structs.replace(status, **fields))
 
 
+def test_addresses_that_are_left_out_or_doubtful_stand_at_the_end():
+    lines = text(
+        refused_addresses=("Service 'a/b': x",) * 13, doubts=("Service 'c/d': y",)
+    ).splitlines()
+
+    assert lines[-3:-2] == [""]
+    assert lines[-2].startswith("served, but")
+    assert "Service 'c/d': y" in lines[-1]
+    assert sum("Service 'a/b': x" in line for line in lines) == 10
+    assert any("and 3 more" in line for line in lines)
+
+
 def family_text(**fields):
     return text(families=(msgspec.structs.replace(FAMILY, **fields),))
 

@@ -23,6 +23,8 @@ class World:
         self.problems = []
         self.nudged = []
         self.nodes = []
+        self.refused = []
+        self.known = {}
         self.metrics = metrics
         self.store = Store(
             node_name="node1",
@@ -31,6 +33,7 @@ class World:
             report=self.problems.append,
             changed=self.nudged.append,
             node_changed=self.nodes.append,
+            refused=self.refused.append,
             clock=lambda: STARTED,
         )
 
@@ -512,3 +515,97 @@ def test_a_service_that_goes_while_states_are_read_is_passed_over(metrics):
     world.remove(items[-1])
 
     assert len(list(reading)) == len(items) - 2
+
+
+# External addresses ------------------------------------------------------------------------------
+
+
+def refused_reasons(world):
+    return [(str(refusal.service), refusal.ip, refusal.reason) for refusal in world.refused]
+
+
+def external_ips(world, name="svc1"):
+    world.known |= world.store.take(V4).services
+    state = world.known[ServiceName("default", name)]
+    return [ip for port in state.ports.values() for ip in port.external_ips]
+
+
+def test_an_address_is_refused_as_soon_as_another_service_has_it_and_no_longer(world):
+    claimed = make_service(externalIPs=["172.30.0.42"])
+    other = make_service("svc2", cluster_ip="172.30.0.42")
+    world.put(claimed)
+    assert (external_ips(world), world.refused) == (["172.30.0.42"], [])
+
+    world.nudged.clear()
+    world.put(other)
+    assert world.nudged == [V4]
+    assert external_ips(world) == []
+    assert refused_reasons(world) == [("default/svc1", "172.30.0.42", "cluster_ip")]
+    assert [refusal.ip for refusal in world.store.refusals()] == ["172.30.0.42"]
+
+    world.remove(other)
+    assert external_ips(world) == ["172.30.0.42"]
+    assert (len(world.refused), world.store.refusals()) == (1, ())
+
+
+def test_a_service_that_gets_a_claimed_cluster_ip_hands_out_who_claims_it(world):
+    world.put(make_service(externalIPs=["172.30.0.42"]))
+    world.forget()
+    world.put(make_service("svc2", cluster_ip="172.30.0.42"))
+
+    assert world.addresses().keys() == {"default/svc1", "default/svc2"}
+
+
+def test_api_servers_that_move_hand_out_who_claims_their_address(world):
+    world.put(make_service(ports=[6443], externalIPs=["192.168.0.9"]))
+    world.forget()
+    api = make_slice("kubernetes", endpoints=["192.168.0.9"], ports=[6443])
+    world.put(api)
+    assert world.addresses().keys() == {"default/kubernetes", "default/svc1"}
+    assert refused_reasons(world) == [("default/svc1", "192.168.0.9", "api_server")]
+
+    world.remove(api)
+    assert external_ips(world) == ["192.168.0.9"]
+
+
+def test_nothing_is_refused_before_everything_is_listed(metrics):
+    world = World(metrics)
+    world.put(make_service(externalIPs=["172.30.0.42"]))
+    world.listed("EndpointSlice")
+    world.put(make_service("svc2", cluster_ip="172.30.0.42"))
+    assert (world.store.take(V4), world.refused) == (None, [])
+
+    world.store.listed("Service")
+    assert external_ips(world) == []
+    assert len(world.refused) == 1
+
+
+def test_shadowing_services_are_counted_by_reason(world):
+    def count():
+        labels = {"ip_family": "IPv4", "reason": "cluster_ip"}
+        return world.metrics.registry.get_sample_value("kubeproxy_shadowing_services", labels)
+
+    world.put(
+        make_service(externalIPs=["172.30.0.42"]), make_service("svc2", cluster_ip="172.30.0.42")
+    )
+    assert count() == 0
+
+    world.forget()
+    assert count() == 1
+
+    world.remove(make_service())
+    world.forget()
+    assert (count(), world.store.refusals()) == (0, ())
+
+
+def test_ports_are_told_as_they_are_handed_out(world):
+    world.put(
+        make_service(externalIPs=["172.30.0.42", "192.0.2.1"]),
+        make_service("svc2", cluster_ip="172.30.0.42"),
+    )
+    changes = world.store.take(V4)
+
+    assert world.store.service_ports(V4) == {
+        name: state.ports for name, state in changes.services.items()
+    }
+    assert world.store.service_ports(V6) == {}

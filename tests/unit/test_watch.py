@@ -15,7 +15,7 @@ from kubeproxy_py.metrics import Metrics
 from tests.support import builders
 from tests.support.api_server import ApiServer
 
-DEADLINE_S = 5.0
+DEADLINE_S = 30.0
 
 
 class Shelf:

@@ -49,14 +49,31 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
 {{- toYaml (mergeOverwrite $head (deepCopy .Values.config)) }}
 {{- end }}
 
-{{/* The port of an address such as 0.0.0.0:10256 or [::]:10256. Arguments: address, default. */}}
-{{- define "kubeproxy-py.port" -}}
-{{- $port := regexFind ":[0-9]+$" (default "" (index . 0)) | trimPrefix ":" }}
-{{- if or (not $port) (and (not (contains "]" (index . 0))) (gt (len (splitList ":" (index . 0))) 2)) }}
-{{- index . 1 }}
-{{- else }}
-{{- $port }}
+{{/*
+Address and port of e.g. 0.0.0.0:10256, [fd00::1]:10256 or fd00::1, as a map with host and port: the host
+is "" where it stands for all addresses. Arguments: the text, the port if it has none.
+*/}}
+{{- define "kubeproxy-py.address" -}}
+{{- $text := default "" (index . 0) }}
+{{- $host := $text }}
+{{- $port := index . 1 }}
+{{- if or (hasPrefix "[" $text) (eq (len (splitList ":" $text)) 2) }}
+{{- $port = default $port (regexFind ":[0-9]+$" $text | trimPrefix ":") }}
+{{- $host = regexReplaceAll ":[0-9]*$" $text "" | trimAll "[]" }}
 {{- end }}
+{{- if has $host (list "0.0.0.0" "::") }}
+{{- $host = "" }}
+{{- end }}
+{{- dict "host" $host "port" ($port | toString) | toYaml }}
+{{- end }}
+
+{{- define "kubeproxy-py.probe" -}}
+httpGet:
+  path: {{ .path }}
+  port: healthz
+  {{- with .host }}
+  host: {{ . | quote }}
+  {{- end }}
 {{- end }}
 
 {{- define "kubeproxy-py.env" -}}
