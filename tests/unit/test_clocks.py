@@ -9,7 +9,7 @@ from tests.support.world import World, desired
 PACKAGE = Path(__file__).parents[2] / "kubeproxy_py"
 # Who reads it, and what for.
 READERS = {
-    "ask.py": "how far the API server's clock is from ours, and whether credentials have expired",
+    "ask.py": "facts that `check` shows",
     "conntrack.py": "when the last clean-up ended",
     "daemon.py": "when this process began; how old the state file's state is",
     "health.py": "times in bodies",
