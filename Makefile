@@ -47,6 +47,17 @@ test-packet: install ## packet tests only: real kernel, own namespaces
 soak: install ## the long forms of tests, which take minutes each: faults that last, traffic all the time
 	$(PYTEST) -m soak $(TESTS)
 
+FUZZ_SECONDS ?= 60
+
+.PHONY: fuzz
+fuzz: install ## hostile input, as hypothesis and atheris think of it: FUZZ_SECONDS for each parser; not in CI
+	mkdir -p build
+	$(BIN)/pip install --quiet atheris==3.0.0
+	$(BIN)/python -m pytest --hypothesis-profile=fuzz --timeout 3600 tests/unit/test_hostile.py tests/unit/test_snapshot.py
+	for parser in snapshot save config manifest event; do \
+	  $(BIN)/python -m tests.fuzz $$parser -max_total_time=$(FUZZ_SECONDS) -timeout=20 -artifact_prefix=build/; \
+	done
+
 .PHONY: e2e
 e2e: install ## tests on a cluster of kind made for them (E2E="--family dual"), or on another (E2E="--kubeconfig FILE")
 	$(BIN)/python -m e2e $(E2E)

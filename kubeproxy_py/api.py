@@ -55,6 +55,13 @@ _SERVICE_ACCOUNT_DIR: Final = Path("/var/run/secrets/kubernetes.io/serviceaccoun
 _TRANSPORT_ERRORS: Final = (urllib3.exceptions.HTTPError, OSError, ValueError)
 
 
+#: As much of a server's own words goes into an error.
+MAX_TOLD: Final = 1000
+#: What decoding of anything that a server sent may end in: besides what is no JSON, or another shape
+#: of it, text that is not UTF-8, and lists in lists in lists.
+UNREADABLE: Final = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
+
+
 class Refused(errors.ApiUnavailable):
     """The server answered, with an error. ``status`` is the HTTP code."""
 
@@ -354,7 +361,13 @@ def connect(
                 _load_kubeconfig(kubeconfig, configuration)
             elif not master:
                 _load_in_cluster(environ, service_account_dir, configuration)
-        except (config.ConfigException, OSError, ValueError, yaml.YAMLError) as error:
+        except (
+            config.ConfigException,
+            OSError,
+            ValueError,
+            yaml.YAMLError,
+            RecursionError,
+        ) as error:
             source = f"kubeconfig {kubeconfig!r}" if kubeconfig else "in-cluster configuration"
             raise errors.ConfigError(f"cannot load {source}: {error}") from error
         if master:
@@ -429,9 +442,9 @@ def _refusal(response: Response, request: _Request) -> errors.ApiError:
             body = b""
     try:
         message = msgspec.json.decode(body, type=_Status).message
-    except msgspec.MsgspecError:
+    except UNREADABLE:
         message = ""
-    message = message or body[:200].decode(errors="replace").strip()
+    message = message[:MAX_TOLD] or body[:200].decode(errors="replace").strip()
     text = f"cannot {request}: {response.status}: {message}"
     if response.status == 410:
         return errors.WatchExpired(text)

@@ -34,6 +34,7 @@ from kubeproxy_py import (
     host,
     hostnet,
     httpserver,
+    keeper,
     lookout,
     manifests,
     metrics,
@@ -44,7 +45,9 @@ from kubeproxy_py import (
     options,
     pages,
     privileges,
+    pulses,
     recorder,
+    snapshot,
     status,
     status_socket,
     sync,
@@ -76,6 +79,11 @@ _AUDIT_PERIODS: Final = {"legacy": 1, "nft": 20}
 # How long SIGTERM waits for threads: together with the rest, the process ends within two seconds.
 _STOP_S: Final = 1.0
 _TICK_S: Final = 1.0
+# A thread that has not turned for so long hangs. One iptables program may take 300 s before it is
+# given up, and nothing else takes that long.
+_LONGEST_TURN_S: Final = 330.0
+# An API server sends a bookmark about once a minute. Five that are missing are no accident.
+_LONGEST_SILENCE_S: Final = 300.0
 # How soon to look whether the Node is there: a local API server answers within milliseconds.
 _FIRST_LOOK_S: Final = 0.05
 
@@ -110,7 +118,10 @@ class Daemon:
         self._connection = self._connect()
         self._recorder = recorder.Recorder(self._connection, host=host.node_name(""))
         self._health = health.ProxyHealth(self._config.iptables.sync_period_s)
+        self._threads_alive = pulses.Pulses()
+        self._watches_heard = pulses.Pulses()
         self._http = httpserver.HttpServer()
+        self._keeper: keeper.Keeper | None = None
         #: What can be asked on the status socket: ``status_socket`` says how to add to it.
         self._pages = status_socket.Pages()
         self._gatherer = status.Gatherer(
@@ -171,6 +182,7 @@ class Daemon:
         self._gatherer.node = lambda: self._store.node
         self._gatherer.refused_addresses = lambda: [*map(str, self._store.refusals())]
         self._start_sources_of_nodes()
+        self._start_keeper()
         if not self._settings.init_only:
             cleanup.remove_nft_mode_tables()
         # Units that start after this one may be what brings the API server up.
@@ -222,16 +234,37 @@ class Daemon:
                 self._store,
                 self._report,
                 stop=self._stop,
+                beat=self._expect_thread("manifests"),
             )
             self._spawn("manifests", source.run)
         else:
             self._spawn_watcher("Node")
 
+    def _start_keeper(self) -> None:
+        """Keep the state on disk. Files are on disk already, and --init-only knows no state."""
+        path = self._settings.state_file
+        if not path or self._connection is None or self._settings.init_only:
+            return
+        self._keeper = keeper.Keeper(
+            keeper.StateFile(Path(path)),
+            self._store,
+            self._metrics,
+            node=self._node_name,
+            identity=snapshot.identity(
+                self._connection.server,
+                config.allows_service_external_ips(self._config),
+                *self._settings.external_ips_allow,
+            ),
+            stop=self._stop,
+        )
+        self._spawn("snapshot", self._keeper.run)
+        self._undo.append(self._keeper.stop)
+
     def _wait_for_node(self) -> Node | None:
-        """Wait for the Node object, without limit, then for what it may still lack."""
+        """Wait for the Node object, from the API or the state file, then for what it may lack."""
         store = self._store
         pause_s = _FIRST_LOOK_S
-        while not store.has_listed("Node"):
+        while not store.has_listed("Node") and store.restored_at is None:
             if self._rest(pause_s):
                 return None
             pause_s = min(1.2 * pause_s, _TICK_S)
@@ -402,6 +435,7 @@ class Daemon:
                 {name: check.local_endpoints for name, check in wanted.items()},
             )
 
+        beat = self._expect_thread(f"sync-{family.value}")
         period_s = self._config.iptables.sync_period_s
         syncer = sync.Syncer(
             family,
@@ -420,12 +454,17 @@ class Daemon:
                 clean_conntrack=lambda build: reconciler.request(family, build),
                 report_quarantined=self._report_quarantined,
                 release_memory=host.release_memory,
+                beat=beat,
                 writing=self._meters[family].writing if self._meters else sync.unwatched,
             ),
             metrics=self._metrics,
         )
         self._health.add_readiness(
             f"quarantine-{family.value}", lambda: _told_quarantined(family, syncer.quarantined)
+        )
+        self._health.add_readiness(
+            f"snapshot-{family.value}",
+            lambda: _told_restored(self._store.restored_at if syncer.is_restored else None),
         )
         pacer = Pacer(
             retry_s=period_s,
@@ -440,6 +479,7 @@ class Daemon:
             metrics=self._metrics,
             suspects=drift.Suspects(period_s),
             tell=lambda news: self._report_news(family, news),
+            beat=beat,
         )
         self._gatherer.add_family(
             family,
@@ -587,8 +627,21 @@ class Daemon:
         self._threads.append(thread)
         thread.start()
 
+    def _expect_thread(self, name: str) -> Callable[[], None]:
+        """Let /livez miss the thread *name* when it hangs; return what it shows that it turns by."""
+        beat = self._threads_alive.expect(name, _LONGEST_TURN_S)
+        self._health.add_liveness(name, lambda: self._threads_alive.silence(name))
+        return beat
+
     def _spawn_watcher(self, kind: Kind) -> None:
         assert self._connection is not None
+        thread = f"watch-{kind}"
+        beat = self._expect_thread(thread)
+        heard = self._watches_heard.expect(kind, _LONGEST_SILENCE_S)
+        self._health.add_readiness(f"fresh-{kind}", lambda: self._watches_heard.silence(kind))
+        self._metrics.watch_staleness.labels(kind).set_function(
+            lambda: self._watches_heard.age_s(kind)
+        )
         watcher = watch.Watcher(
             kind,
             self._connection,
@@ -597,9 +650,11 @@ class Daemon:
             self._metrics,
             stop=self._stop,
             node_name=self._node_name,
+            beat=beat,
+            heard=heard,
         )
         self._gatherer.add_watch(watcher.state)
-        self._spawn(f"watch-{kind}", watcher.run)
+        self._spawn(thread, watcher.run)
 
     def _note_crash(self, args: threading.ExceptHookArgs) -> None:
         name = args.thread.name if args.thread else "?"
@@ -624,6 +679,8 @@ class Daemon:
     # Events from below -----------------------------------------------------------------------------
 
     def _nudge(self, family: IPFamily) -> None:
+        if self._keeper is not None:
+            self._keeper.note()
         loop = self._loops.get(family)
         if loop is not None:
             loop.nudge()
@@ -642,10 +699,10 @@ class Daemon:
         log.warning(
             "object.invalid",
             kind=problem.kind,
-            namespace=problem.namespace,
+            namespace=problem.namespace[:_MAX_NAME],
             name=problem.name[:_MAX_NAME],
-            field=problem.field,
-            message=problem.message,
+            field=problem.field[:_MAX_NAME],
+            message=problem.message[:_MAX_NOTE],
         )
 
     def _report_refused(self, refusal: external.Refusal) -> None:
@@ -734,6 +791,8 @@ class Daemon:
 
     def _node_changed(self, node: Node) -> None:
         self._health.set_node(eligible=node.is_eligible)
+        if self._keeper is not None:
+            self._keeper.note()
         if self._pod_cidrs is None:
             return
         if node.ips != self._node_ips:
@@ -758,7 +817,9 @@ class Daemon:
 
     def _rest(self, seconds: float) -> bool:
         """Wait at most *seconds*, and tell systemd that we are alive; True: it is time to stop."""
-        self._notifier.alive()
+        # All of us: a thread that hangs is healed by a restart, and by nothing else.
+        if not self._threads_alive.has_silent():
+            self._notifier.alive()
         return self._stop.wait(min(seconds, self._notifier.watchdog_s or seconds))
 
     def _open_config_file(self) -> config_watch.ConfigFile | None:
@@ -794,6 +855,13 @@ def _told_quarantined(family: IPFamily, names: tuple[ServiceName, ...]) -> str |
         return None
     some = ", ".join(map(str, names[:_NAMED_SERVICES]))
     return f"{family.value}: rules refused for {len(names)} Services: {some}"
+
+
+def _told_restored(saved_at: float | None) -> str | None:
+    if saved_at is None:
+        return None
+    age_s = max(0.0, time.time() - saved_at)
+    return f"from the state file of {age_s:.0f} s ago, not from the API server"
 
 
 def _ensure_counters() -> None:

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from typing import Final, NamedTuple
 
 from kubeproxy_py import addresses, rules, trees
-from kubeproxy_py.model import IPFamily, Protocol, ServicePortName
+from kubeproxy_py.model import Chains, IPFamily, Protocol, ServicePortName, Tables
 
 
 class ChainId(NamedTuple):
@@ -101,6 +101,11 @@ class Dispatch:
                     return name
         return None
 
+    def leads_to(self, entry: rules.Entry, tables: Tables) -> bool:
+        """Tell whether *tables* have the rule of *entry* where its packets come by."""
+        chain = ChainId(*entry[:2])
+        return self._shared[chain].leads_to(entry, tables.get(chain.table, {}))
+
     def take_changed(self) -> dict[ChainId, tuple[str, ...] | None]:
         """Return the rules of every chain that changed since this was last called; None: gone."""
         changed: dict[ChainId, tuple[str, ...] | None] = {}
@@ -152,6 +157,17 @@ class _Shared:
         self._choose()
         return True
 
+    def leads_to(self, entry: rules.Entry, chains: Chains) -> bool:
+        """Tell whether *chains* have the rule of *entry*, and the jumps to where it is."""
+        wanted = entry.rule
+        (key,) = _by_key((entry,))
+        tree, spell = self._spellings[0 if entry.address else 1]
+        # From the longest prefix to the root: whoever has it must be jumped to by a shorter one.
+        for prefix, jump in tree.ways(_place(key)):
+            if wanted in chains.get(spell(prefix), ()):
+                wanted = jump
+        return wanted in chains.get(self._name, ())
+
     def take_changed(self) -> Iterator[tuple[str, tuple[str, ...] | None]]:
         """Yield the names and rules of changed chains; the root always, and last."""
         for tree, spell in self._spellings:
@@ -190,15 +206,17 @@ class _Shared:
             texts = after.get(key, ())
             if before.get(key, ()) == texts:
                 continue
-            address, protocol, port = key
-            if address:
-                self._by_address.replace(addresses.to_int(address), name, texts)
-            else:
-                value = _PROTOCOLS.index(protocol) << 16 | port
-                self._by_port.replace(value, name, texts)
+            tree = self._by_address if key[0] else self._by_port
+            tree.replace(_place(key), name, texts)
 
 
 _Key = tuple[str, Protocol, int]
+
+
+def _place(key: _Key) -> int:
+    """Return where in its tree *key* is."""
+    address, protocol, port = key
+    return addresses.to_int(address) if address else _PROTOCOLS.index(protocol) << 16 | port
 
 
 def _by_key(entries: tuple[rules.Entry, ...]) -> dict[_Key, tuple[str, ...]]:

@@ -97,6 +97,7 @@ class Settings:
     external_ips_allow: tuple[str, ...] = ()  # canonical CIDRs; empty: everywhere
     iptables_backend: str = "auto"  # auto, nft, legacy
     status_socket: str = ""  # "": none
+    state_file: str = ""  # "": none is kept
     traffic: Traffic | None = None  # None: not counted
     warnings: tuple[str, ...] = ()
     flag_values: Mapping[str, str] = field(default_factory=dict)  # for /flagz; sorted by name
@@ -261,6 +262,7 @@ def settings_from_flags(flag_values: FlagValues) -> Settings:
         external_ips_allow=flag_values.value("external-ips-allow"),
         iptables_backend=flag_values.value("iptables-backend"),
         status_socket=flag_values.value("status-socket"),
+        state_file=flag_values.value("state-file"),
         traffic=_traffic(flag_values),
         warnings=(*warnings, *gate_warnings, *_no_effect_warnings(flag_values)),
         flag_values=_shown_values(flag_values, effective),

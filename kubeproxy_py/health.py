@@ -10,7 +10,7 @@ change that has been waiting too long does.
 import json
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any, Final, NamedTuple
 
@@ -33,6 +33,11 @@ _PERIODS_UNTIL_UNHEALTHY: Final = 2
 # What Go prints for a time that was never set.
 _ZERO_TIME: Final = "0001-01-01T00:00:00Z"
 _WILDCARD: Final = {IPFamily.V4: "0.0.0.0", IPFamily.V6: "::"}  # noqa: S104 - node ports are public
+
+
+Check = Callable[[], str | None]
+#: What was looked at, by name, and what was found wrong; None: nothing.
+Findings = dict[str, str | None]
 
 
 def render_time(ns: int) -> str:
@@ -63,8 +68,11 @@ class Verdict(NamedTuple):
     def is_healthy(self) -> bool:
         return all(family.is_healthy for family in self.families.values())
 
-    def body(self, *, has_node: bool, is_ok: bool) -> bytes:
-        """Render it as kube-proxy does; *is_ok* is the status the answer goes out with."""
+    def body(self, *, has_node: bool, is_ok: bool, reasons: Sequence[str] = ()) -> bytes:
+        """Render it as kube-proxy does; *is_ok* is the status the answer goes out with.
+
+        *reasons*, which kube-proxy does not have, are added where there are any.
+        """
         times = [family.updated_ns for family in self.families.values() if family.updated_ns]
         updated_ns = self.now_ns if is_ok else max(times, default=None)
         body: dict[str, Any] = {
@@ -74,7 +82,7 @@ class Verdict(NamedTuple):
         if has_node:
             body["nodeEligible"] = self.is_eligible
         # Of the proxy alone, so that 503 with "healthy":true means: look at the Node.
-        body["healthy"] = self.is_healthy
+        body["healthy"] = self.is_healthy and not reasons
         if self.families:
             body["status"] = {
                 family.value: {
@@ -83,6 +91,8 @@ class Verdict(NamedTuple):
                 }
                 for family, part in sorted(self.families.items(), key=lambda item: item[0].value)
             }
+        if reasons:
+            body["reasons"] = reasons
         return msgspec.json.encode(body)
 
 
@@ -107,7 +117,8 @@ class ProxyHealth:
         self._unsynced: set[IPFamily] = set()  # expected, but without a successful sync so far
         self._is_expecting = False
         self._is_eligible = False  # a Node that was never seen is not
-        self._readiness: dict[str, Callable[[], str | None]] = {}
+        self._readiness: dict[str, Check] = {}
+        self._liveness: dict[str, Check] = {}
 
     def expect(self, families: Iterable[IPFamily]) -> None:
         """Name families before their loops start, so that /readyz waits for all of them."""
@@ -140,10 +151,15 @@ class ProxyHealth:
         with self._lock:
             self._is_eligible = eligible
 
-    def add_readiness(self, name: str, check: Callable[[], str | None]) -> None:
+    def add_readiness(self, name: str, check: Check) -> None:
         """Let *check* say why we are not ready; None: nothing speaks against it."""
         with self._lock:
             self._readiness[name] = check
+
+    def add_liveness(self, name: str, check: Check) -> None:
+        """Let *check* say why only a restart will help; None: nothing speaks for one."""
+        with self._lock:
+            self._liveness[name] = check
 
     def verdict(self) -> Verdict:
         """Return how the proxy is now."""
@@ -167,19 +183,41 @@ class ProxyHealth:
 
     def unreadiness(self) -> list[str]:
         """Return every reason not to be ready; none means ready."""
+        return _reasons(self.readiness())
+
+    def readiness(self) -> Findings:
+        """Return what was looked at, by name; None means that nothing speaks against being ready."""
         with self._lock:
-            reasons = [] if self._is_expecting else ["nothing has been started"]
-            reasons += [
-                f"{family.value}: not synced since the start" for family in _sorted(self._unsynced)
-            ]
-            reasons += [
-                f"{family.value}: a change has been waiting for {self._limit_s:g} s or more"
-                for family in _sorted(self._late())
-            ]
+            found: Findings = {
+                "started": None if self._is_expecting else "nothing has been started"
+            }
+            families = self._updated_ns.keys() | self._unsynced
+            for family in _sorted(families):
+                is_unsynced = family in self._unsynced
+                found[f"programmed-{family.value}"] = (
+                    "not synced since the start" if is_unsynced else None
+                )
+            found |= self._promptness()
             checks = dict(self._readiness)
-        # Outside of the lock: a check may take locks of its own.
-        found = {name: check() for name, check in checks.items()}
-        return reasons + [f"{name}: {reason}" for name, reason in found.items() if reason]
+        return found | _run(checks)
+
+    def liveness(self) -> Findings:
+        """Return what was looked at, by name; None means that nothing speaks for a restart."""
+        with self._lock:
+            found = self._promptness()
+            checks = dict(self._liveness)
+        return found | _run(checks)
+
+    def _promptness(self) -> Findings:
+        late = self._late()
+        return {
+            f"prompt-{family.value}": (
+                f"a change has been waiting for {self._limit_s:g} s or more"
+                if family in late
+                else None
+            )
+            for family in _sorted(self._updated_ns.keys() | late)
+        }
 
     def _expect(self, *families: IPFamily) -> None:
         self._unsynced.update(families)
@@ -204,9 +242,9 @@ class HealthPages:
             case "/healthz":
                 return self._healthz()
             case "/livez":
-                return self._livez()
+                return self._livez(request)
             case "/readyz":
-                return self._readyz()
+                return self._readyz(request)
         return NOT_FOUND
 
     def _healthz(self) -> Response:
@@ -217,16 +255,25 @@ class HealthPages:
         self._metrics.healthz.labels(str(status)).inc()
         return Response(status, verdict.body(has_node=True, is_ok=is_ok), _HEADERS)
 
-    def _livez(self) -> Response:
+    def _livez(self, request: Request) -> Response:
         # For the kubelet: would a restart help? A node about to be removed is no reason for one.
-        verdict = self._health.verdict()
-        status = _status(is_ok=verdict.is_healthy)
+        verdict, findings = self._health.verdict(), self._health.liveness()
+        reasons = _reasons(findings)
+        is_ok = verdict.is_healthy and not reasons
+        status = _status(is_ok=is_ok)
         self._metrics.livez.labels(str(status)).inc()
-        return Response(status, verdict.body(has_node=False, is_ok=verdict.is_healthy), _HEADERS)
+        if _is_list_wanted(request):
+            return _listed("livez", findings)
+        return Response(
+            status, verdict.body(has_node=False, is_ok=is_ok, reasons=reasons), _HEADERS
+        )
 
-    def _readyz(self) -> Response:
+    def _readyz(self, request: Request) -> Response:
         # Ours: for rollouts, which kube-proxy's "never synced is healthy" would let run ahead.
-        reasons = self._health.unreadiness()
+        findings = self._health.readiness()
+        if _is_list_wanted(request):
+            return _listed("readyz", findings)
+        reasons = _reasons(findings)
         body = msgspec.json.encode({"ready": not reasons, "reasons": reasons})
         return Response(_status(is_ok=not reasons), body, _HEADERS)
 
@@ -350,6 +397,37 @@ class ServiceHealthPorts:
             raise KubeProxyError(
                 f"cannot listen on {address} port {check.port}: {httpserver.reason(error)}"
             ) from error
+
+
+def _run(checks: Mapping[str, Check]) -> Findings:
+    """Look at all of *checks*, without a lock of ours: they may take locks of their own."""
+    return {name: check() for name, check in checks.items()}
+
+
+def _reasons(findings: Findings) -> list[str]:
+    return [f"{name}: {reason}" for name, reason in findings.items() if reason]
+
+
+def _is_list_wanted(request: Request) -> bool:
+    """Tell whether people ask, as Kubernetes' own pages let them: by ``?verbose``."""
+    wants_json = (
+        request.query.get("format") == "json"
+        or request.headers.get("accept", "") == "application/json"
+    )
+    return "verbose" in request.query and not wants_json
+
+
+def _listed(page: str, findings: Findings) -> Response:
+    """Answer as a Kubernetes API server's ``/readyz?verbose`` does, with the reasons."""
+    is_ok = not _reasons(findings)
+    lines = [
+        f"[-]{name} failed: {reason}" if reason else f"[+]{name} ok"
+        for name, reason in findings.items()
+    ]
+    lines.append(f"{page} check {'passed' if is_ok else 'failed'}\n")
+    return Response(
+        _status(is_ok=is_ok), "\n".join(lines).encode(), (httpserver.PLAIN_TEXT, httpserver.NOSNIFF)
+    )
 
 
 def _time_or_zero(ns: int | None) -> str:

@@ -70,6 +70,10 @@ def load(paths: Sequence[Path]) -> Loaded:
     return loaded
 
 
+def _nothing() -> None:
+    pass
+
+
 class ManifestSource:
     """Keeps a Sink equal to what the files hold."""
 
@@ -81,6 +85,7 @@ class ManifestSource:
         *,
         stop: threading.Event,
         poll_s: float = 1.0,
+        beat: Callable[[], None] = _nothing,
     ) -> None:
         """
         Check that *paths* can be read now; nothing is read, opened or started before run().
@@ -91,6 +96,7 @@ class ManifestSource:
             report: Takes each Problem when it arises, and again when its file was rewritten.
             stop: Ends run(), within 0.2 s.
             poll_s: How often to look even if inotify reports nothing, as on network file systems.
+            beat: Called whenever the thread turns, so that one which hangs is missed.
 
         Raises:
             ConfigError: one of *paths* cannot be read.
@@ -101,6 +107,7 @@ class ManifestSource:
         self._report = report
         self._stop = stop
         self._poll_s = poll_s
+        self._beat = beat
         self._reader = _Reader()
         self._inotify: inotify.Inotify | None = None
         self._scan: _Scan | None = None  # what was last read and given to the sink
@@ -114,6 +121,7 @@ class ManifestSource:
             except OSError as error:
                 self._go_without_inotify(error)
             while not self._stop.is_set():
+                self._beat()
                 try:
                     has_changed = self._refresh()
                 except Exception:

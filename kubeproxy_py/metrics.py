@@ -147,6 +147,11 @@ class Metrics:
             "When the API server last sent anything on this watch, bookmarks included",
             ("kind",),
         )
+        self.watch_staleness = gauge(
+            "watch_staleness_seconds",
+            "How long ago the API server last sent anything on this watch, by a monotonic clock",
+            ("kind",),
+        )
         self.watch_reconnects = counter(
             "watch_reconnects_total",
             "Watches started again, by what ended the last",
@@ -156,6 +161,31 @@ class Metrics:
             "quarantined_services",
             "Services that are not programmed as they should be because their rules were refused",
             _FAMILY,
+        )
+        self.audited_services = counter(
+            "audited_services_total",
+            "Services whose rules were compared with what building from nothing gives",
+            _FAMILY,
+        )
+        self.audit_mismatches = counter(
+            "audit_mismatches_total",
+            "Services whose rules were not what building from nothing gives",
+            _FAMILY,
+        )
+        self.snapshot_saved_timestamp = gauge(
+            "snapshot_saved_timestamp_seconds",
+            "When the state that the state file has was current",
+        )
+        self.snapshot_bytes = gauge("snapshot_bytes", "Size of the state file")
+        self.snapshot_in_use = gauge(
+            "snapshot_in_use",
+            "1 while rules come from the state file because the API server has not answered",
+            _FAMILY,
+        )
+        self.snapshot_failures = counter(
+            "snapshot_failures_total",
+            "State files that could not be kept, read or written",
+            ("operation",),
         )
         self.external_ips_refused = counter(
             "external_ips_refused_total",

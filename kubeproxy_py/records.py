@@ -40,9 +40,11 @@ TO_BE_DELETED_TAINT: Final = "ToBeDeletedByClusterAutoscaler"
 DEFAULT_AFFINITY_S: Final = 10800
 # What the kernel's `recent` match can count in jiffies without overflow at HZ=1000, and far above
 # the API's own limit of one day.
-_MAX_AFFINITY_S: Final = 2_000_000
+MAX_AFFINITY_S: Final = 2_000_000
 
 _PROTOCOLS: Final[dict[str, Protocol]] = {"TCP": "tcp", "UDP": "udp", "SCTP": "sctp"}
+# An object may have 100,000 ports, all wrong: whoever reads the log has understood by then.
+_MAX_PROBLEMS: Final = 20
 # DNS-1123 label: namespaces, Services (since they became DNS-1123) and port names. 63 + 63 + 63
 # characters also keep every comment below the kernel's limit of 255.
 _LABEL: Final = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?", re.ASCII)
@@ -56,17 +58,29 @@ class _Problems:
     def __init__(self, kind: Kind, meta: objects.ObjectMeta) -> None:
         self._kind = kind
         self._meta = meta
-        self.found: list[Problem] = []
+        self._found: list[Problem] = []
+        self._untold = 0
 
     def note(self, field: str, message: str) -> None:
-        self.found.append(
-            Problem(
-                kind=self._kind,
-                namespace=self._meta.namespace,
-                name=self._meta.name,
-                field=field,
-                message=message,
-            )
+        if len(self._found) < _MAX_PROBLEMS:
+            self._found.append(self._problem(field, message))
+        else:
+            self._untold += 1
+
+    def found(self) -> tuple[Problem, ...]:
+        """Return them, the first few one by one."""
+        if not self._untold:
+            return tuple(self._found)
+        more = self._problem("", f"and {self._untold} more problems of this object")
+        return (*self._found, more)
+
+    def _problem(self, field: str, message: str) -> Problem:
+        return Problem(
+            kind=self._kind,
+            namespace=self._meta.namespace,
+            name=self._meta.name,
+            field=field,
+            message=message,
         )
 
 
@@ -111,7 +125,7 @@ def service_record(service: objects.Service) -> ServiceRecord:
     for field, text in (("metadata.namespace", meta.namespace), ("metadata.name", meta.name)):
         if not is_label(text):
             problems.note(field, f"{text[:80]!r} is not a DNS label")
-            return ServiceRecord(name, {}, tuple(problems.found))
+            return ServiceRecord(name, {}, problems.found())
     # A port that is wrong is wrong in both families, but one Problem says so.
     specs = _checked_ports(spec.ports or [], problems.note)
     for family in IPFamily:
@@ -123,7 +137,7 @@ def service_record(service: objects.Service) -> ServiceRecord:
             ports[family] = {
                 key: shared.service_port(name, key, cluster_ip, port) for key, port in specs.items()
             }
-    return ServiceRecord(name, ports, tuple(problems.found))
+    return ServiceRecord(name, ports, problems.found())
 
 
 def _is_ignored(spec: objects.ServiceSpec) -> bool:
@@ -296,10 +310,10 @@ def _affinity(spec: objects.ServiceSpec, note: Note) -> int | None:
     seconds = client_ip.timeoutSeconds if client_ip else None
     if seconds is None:
         return DEFAULT_AFFINITY_S
-    if not 0 < seconds <= _MAX_AFFINITY_S:
+    if not 0 < seconds <= MAX_AFFINITY_S:
         note(
             "spec.sessionAffinityConfig.clientIP.timeoutSeconds",
-            f"{seconds} is not between 1 and {_MAX_AFFINITY_S}; {DEFAULT_AFFINITY_S} is used",
+            f"{seconds} is not between 1 and {MAX_AFFINITY_S}; {DEFAULT_AFFINITY_S} is used",
         )
         return DEFAULT_AFFINITY_S
     return seconds
@@ -320,7 +334,7 @@ def slice_record(
     except ValueError:
         # FQDN is valid for the API, and for nobody who writes packet filters.
         problems.note("addressType", f"{eps.addressType[:80]!r} is not supported")
-        return None, tuple(problems.found)
+        return None, problems.found()
     ports = [
         (key, port.port)
         for index, port in enumerate(eps.ports or [])
@@ -343,7 +357,7 @@ def slice_record(
         endpoints,
         parse_time((meta.annotations or {}).get(TRIGGER_ANNOTATION)),
     )
-    return record, tuple(problems.found)
+    return record, problems.found()
 
 
 def _slice_port(port: objects.SlicePort, at: str, note: Note) -> PortKey | None:

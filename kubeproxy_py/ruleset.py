@@ -204,6 +204,30 @@ class Ruleset:
         """Return the state that *name* has rules for; None: it has none."""
         return self._services.get(name, _NO_SERVICE).state
 
+    def names(self) -> Iterable[ServiceName]:
+        """Return the Services that have rules, or could have some."""
+        return self._services.keys()
+
+    def holds(self, name: ServiceName, state: ServiceState | None) -> bool:
+        """Tell whether what is there of *name* is what building *state* from nothing gives."""
+        known = self._services.get(name, _NO_SERVICE)
+        if state is None or known.state != state:
+            return state is None and known is _NO_SERVICE
+        fragments = self._build(state).values()
+        wanted = {
+            chain: texts for fragment in fragments for chain, texts in fragment.chains.items()
+        }
+        nat = self.tables[rules.NAT]
+        return (
+            known.chains == tuple(wanted)
+            and all(nat.get(chain) == texts for chain, texts in wanted.items())
+            and all(
+                self._dispatch.leads_to(entry, self.tables)
+                for fragment in fragments
+                for entry in fragment.entries
+            )
+        )
+
     def owner(self, chain: str, rule: str) -> ServiceName | None:
         """Return whose *rule* in *chain* is, or None if it is nobody's in particular.
 

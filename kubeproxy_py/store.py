@@ -8,12 +8,12 @@ after it was put in, and nothing is handed out before Services and EndpointSlice
 
 import threading
 import time
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Final
 
 import msgspec
 
-from kubeproxy_py import external, objects, records
+from kubeproxy_py import external, objects, records, snapshot
 from kubeproxy_py.metrics import Metrics
 from kubeproxy_py.model import (
     IPFamily,
@@ -27,6 +27,10 @@ from kubeproxy_py.model import (
 )
 
 Report = Callable[[Problem], None]
+
+# How many Services are put together while the lock is held: less than a millisecond's work, so that
+# a sync or a watch never waits for whoever wants to read all of them.
+_STATES_AT_ONCE: Final = 50
 
 
 _SAFETY_ALONE: Final = external.Policy()
@@ -47,6 +51,8 @@ class Changes(msgspec.Struct, frozen=True):
     trigger_times: tuple[float, ...]
     #: Endpoints of a UDP port changed: stale conntrack entries may exist.
     has_udp: bool
+    #: From a state file, because the API has not been heard yet.
+    is_restored: bool = False
 
 
 class _Family:
@@ -70,6 +76,17 @@ class _Family:
         slices = self.slices.get(name, {})
         return ServiceState(
             self.exposure.admit(name, ports),
+            records.merge_slices([slices[key] for key in sorted(slices)]),
+        )
+
+    def peek(self, name: ServiceName) -> ServiceState | None:
+        """Return what was handed out of *name*, or will be, without judging addresses anew."""
+        ports = self.ports.get(name)
+        if ports is None:
+            return None
+        slices = self.slices.get(name, {})
+        return ServiceState(
+            self.exposure.without_refused(name, ports),
             records.merge_slices([slices[key] for key in sorted(slices)]),
         )
 
@@ -133,6 +150,8 @@ class Store:
         self._listed: set[Kind] = set()
         self._node: Node | None = None
         self._zone = ""
+        # Stands in until Services and EndpointSlices have been listed; never mixed with what is.
+        self._restored: snapshot.Snapshot | None = None
 
     # In ------------------------------------------------------------------------------------------
 
@@ -158,8 +177,23 @@ class Store:
         with self._lock:
             was_synced = self._is_synced()
             self._listed.add(kind)
+            if self._is_synced():
+                self._restored = None
             families = tuple(self._families) if self._is_synced() and not was_synced else ()
         self._notify(families)
+
+    def restore(self, last: snapshot.Snapshot) -> bool:
+        """Let *last* stand in for what has not been listed; False: everything has been by now."""
+        with self._lock:
+            if self._is_synced():
+                return False
+            self._restored = last
+            families = tuple(self._families)
+            is_node_known = "Node" in self._listed
+        if not is_node_known:
+            self._upsert_node(last.state.node)
+        self._notify(families)
+        return True
 
     def upsert(self, kind: Kind, obj: objects.Object) -> None:  # noqa: ARG002 - the Sink's signature
         """Add *obj* or put it in the place of its predecessor."""
@@ -289,6 +323,10 @@ class Store:
         with self._lock:
             return self._is_synced()
 
+    @property
+    def families(self) -> tuple[IPFamily, ...]:
+        return tuple(self._families)
+
     def has_listed(self, kind: Kind) -> bool:
         """Tell whether *kind* has been listed completely."""
         with self._lock:
@@ -302,6 +340,57 @@ class Store:
         """Return the own Node, or None as long as it was never seen."""
         with self._lock:
             return self._node
+
+    @property
+    def restored_at(self) -> float | None:
+        """Return when (Unix time) the state that stands in was current; None: there is none."""
+        with self._lock:
+            return None if self._restored is None else self._restored.saved_at
+
+    def take_restored(self, family: IPFamily) -> Changes | None:
+        """Hand out the state that stands in, as everything there is; None: there is none."""
+        with self._lock:
+            if self._restored is None:
+                return None
+            services = self._restored.state.services.get(family, {})
+            return Changes(
+                services={**services},
+                is_everything=True,
+                zone=self._zone,
+                trigger_times=(),
+                has_udp=False,
+                is_restored=True,
+            )
+
+    def demand_everything(self, family: IPFamily) -> None:
+        """Let the next taking be of everything, whether it changed or not."""
+        with self._lock:
+            self._families[family].is_everything_due = True
+
+    def names(self, family: IPFamily) -> list[ServiceName]:
+        """Return the names of all Services of *family*."""
+        with self._lock:
+            return list(self._families[family].ports)
+
+    def settled(
+        self, family: IPFamily, names: Iterable[ServiceName]
+    ) -> dict[ServiceName, ServiceState | None]:
+        """Return those of *names* of which everything was handed out; None: the Service is gone."""
+        with self._lock:
+            half = self._families[family]
+            if half.is_everything_due:
+                return {}
+            return {name: half.peek(name) for name in names if name not in half.dirty}
+
+    def states(self, family: IPFamily) -> Iterator[ServiceState]:
+        """Yield all Services of *family*; others may change some meanwhile, so each is true by itself."""
+        with self._lock:
+            names = sorted(self._families[family].ports)
+        for first in range(0, len(names), _STATES_AT_ONCE):
+            with self._lock:
+                half = self._families[family]
+                found = [half.peek(name) for name in names[first : first + _STATES_AT_ONCE]]
+            yield from (state for state in found if state is not None)
 
     def take(self, family: IPFamily) -> Changes | None:
         """Hand out what changed since the last time; None before everything was listed."""

@@ -15,7 +15,7 @@ from typing import Final, Protocol
 import msgspec
 import structlog
 
-from kubeproxy_py import conntrack, drift, echoes, failures, rules, urgency
+from kubeproxy_py import audit, conntrack, drift, echoes, failures, rules, urgency
 from kubeproxy_py.dispatch import SHARED, ChainId
 from kubeproxy_py.errors import BatchRejected, IptablesError, LockTimeout
 from kubeproxy_py.iptables import chains, plan
@@ -40,6 +40,8 @@ _TABLES: Final = (rules.FILTER, rules.NAT)
 _MAX_REFUSALS: Final = 20
 # A flush makes thousands drift; the first few tell what happened.
 _NAMED_CHAINS: Final = 10
+# Of Services that differ, too.
+_NAMED_SERVICES: Final = 10
 
 
 class Kernel(Protocol):
@@ -73,6 +75,8 @@ class Effects(msgspec.Struct, frozen=True, kw_only=True):
     report_quarantined: Callable[[ServiceName, str], None]
     #: Called after a sync that read the whole kernel state, of which little is kept.
     release_memory: Callable[[], None]
+    #: Called before each restore, of which a big change needs many: the sync goes on.
+    beat: Callable[[], None]
     #: Surrounds the writing of each batch, which lets the counters of its chains begin anew.
     writing: Callable[[plan.Batch], AbstractContextManager[None]] = unwatched
 
@@ -159,12 +163,19 @@ class Syncer:
         self._list_chains = list_chains
         self._clock = clock
         self._wall_clock = wall_clock
+        self._auditor = audit.Auditor(family, store, clock)
+        # The audit has found rules that are not what they should be.
+        self._is_doubtful = False
         # What the kernel has; None: unknown.
         self._live: chains.Tables | None = None
         # What it had when it was looked at before this sync's first stage.
         self._saved: chains.Tables | None = None
         self._echoes = echoes.Echoes()
         self._quarantine = Quarantine()
+        # What is desired comes from the state file, because the API has not been heard yet;
+        self._wants_restored = False
+        #: and it is what the kernel has, too.
+        self.is_restored = False
         #: Services that are set aside because their rules were refused.
         self.quarantined: tuple[ServiceName, ...] = ()
         #: Replaced as a whole, because other threads read them; None: it has not come to that yet.
@@ -200,6 +211,29 @@ class Syncer:
             self._is_auditing = True
             self._suspected |= look.chains
 
+    def audit(self) -> bool:
+        """Look whether a few Services' rules are what building from nothing gives; False: they differ.
+
+        If so, the next sync builds everything from nothing, and reads the kernel.
+        """
+        if not self._store.is_synced:
+            return True
+        before = self._auditor.compared
+        differing = self._auditor.look(self._ruleset, ignored=self._quarantine.cases)
+        family = self._family.value
+        self._metrics.audited_services.labels(family).inc(self._auditor.compared - before)
+        if not differing:
+            return True
+        self._metrics.audit_mismatches.labels(family).inc(len(differing))
+        log.error(
+            "audit.mismatch_found",
+            ip_family=family,
+            message="a bug: please report it; all rules are built anew",
+            services=[str(name) for name in differing[:_NAMED_SERVICES]],
+        )
+        self._is_doubtful = True
+        return False
+
     @property
     def retry_at(self) -> float:
         """Return when a Service that was set aside should be tried again; infinity: never."""
@@ -221,7 +255,9 @@ class Syncer:
         Raises IptablesError if the rules could not be read, or not be written completely.
         """
         started = self._clock()
-        changes = self._store.take(self._family)
+        if self._is_doubtful:
+            self._store.demand_everything(self._family)
+        changes = self._take()
         if changes is None:
             return None
         self._trigger_times += changes.trigger_times
@@ -243,6 +279,25 @@ class Syncer:
         self._observe(is_full=is_full, seconds=result.seconds)
         self._finish(result)
         return result
+
+    def _take(self) -> Changes | None:
+        """Return what the API says or, before it has said anything, what the state file does.
+
+        Rules that are there are at least as new as any file: a daemon that starts again without an
+        API server leaves them alone. Only on a kernel without (a reboot, a flush) is old better than
+        nothing.
+        """
+        changes = self._store.take(self._family)
+        if changes is None and self._store.restored_at is not None:
+            if not self._wants_restored and _has_services(self._kernel.save()):
+                return None
+            changes = self._store.take_restored(self._family)
+            if changes is None:
+                # The lists have come in between.
+                changes = self._store.take(self._family)
+        if changes is not None:
+            self._wants_restored = changes.is_restored
+        return changes
 
     def _write_in_stages(self, changes: Changes, started: float) -> SyncResult:
         """Write what cannot wait as a sync of its own, if there is much besides; then the rest.
@@ -302,6 +357,10 @@ class Syncer:
             # What was programmed before, should the kernel refuse what is to come. A sync that
             # failed programmed nothing, so what stood before it still holds.
             self._before.setdefault(name, ruleset.state(name))
+        if self._is_doubtful:
+            # Nothing of what was computed before is used; the kernel is read again as well.
+            ruleset = self._ruleset = Ruleset(ruleset.options)
+            self._is_doubtful, self._live = False, None
         was_large = ruleset.is_large
         if changes.is_everything:
             self._rebuild(services, changes.zone)
@@ -502,6 +561,7 @@ class Syncer:
 
     def _restore(self, batch: plan.Batch, live: chains.Tables, *, is_full: bool) -> None:
         family = self._family.value
+        self._effects.beat()
         text = batch.render()
         try:
             with self._effects.writing(batch):
@@ -579,7 +639,11 @@ class Syncer:
         internal, external = ruleset.lacking_local()
         metrics.no_local_endpoints.labels("internal", family).set(internal)
         metrics.no_local_endpoints.labels("external", family).set(external)
-        self._effects.publish_health_checks(ruleset.health_checks())
+        self.is_restored = self._wants_restored
+        metrics.snapshot_in_use.labels(family).set(self.is_restored)
+        # Of the endpoints here, a reboot has left none; no load balancer is to be told otherwise on
+        # the word of a file.
+        self._effects.publish_health_checks({} if self.is_restored else ruleset.health_checks())
         if result.is_full:
             self._effects.release_memory()
         self._clean_conntrack()
@@ -629,6 +693,10 @@ class Syncer:
         self._metrics.sync_duration.labels(family).observe(seconds)
         kind = self._metrics.sync_full_duration if is_full else self._metrics.sync_partial_duration
         kind.labels(family).observe(seconds)
+
+
+def _has_services(live: chains.Tables) -> bool:
+    return bool(live.get(rules.NAT, {}).get(rules.SERVICES))
 
 
 def _leading_to(names: Collection[str], found: chains.Chains) -> Iterator[str]:

@@ -7,7 +7,7 @@ All times come from the ``pacer``. The invariant it guards: a nudge is never los
 import threading
 import time
 from collections.abc import Callable
-from typing import Final, Protocol
+from typing import Final, Literal, Protocol
 
 import msgspec
 import structlog
@@ -25,6 +25,10 @@ log = structlog.get_logger()
 _KEPT_REPAIRS: Final = 20
 # How long a fight lets rules be wrong at most, unless told otherwise: kube-proxy's period.
 _LONGEST_WAIT_S: Final = 30.0
+# A look takes milliseconds: a two-thousandth of a core.
+_AUDIT_EVERY_S: Final = 10.0
+# A loop with nothing to do turns this often, to show that it still does.
+_LONGEST_REST_S: Final = 10.0
 # Enough to tell what a fight is about.
 _NAMED_CHAINS: Final = 10
 
@@ -79,6 +83,10 @@ def _to_nobody(_news: SyncResult | drift.Contest) -> None:
     pass
 
 
+def _nothing() -> None:
+    pass
+
+
 class SyncLoop:
     """Runs a Syncer whenever its Pacer says so, until stopped."""
 
@@ -92,6 +100,7 @@ class SyncLoop:
         metrics: Metrics,
         suspects: drift.Suspects | None = None,
         tell: Callable[[SyncResult | drift.Contest], None] = _to_nobody,
+        beat: Callable[[], None] = _nothing,
         clock: Callable[[], float] = time.monotonic,
         wall_clock: Callable[[], float] = time.time,
     ) -> None:
@@ -100,6 +109,8 @@ class SyncLoop:
         self._pacer = pacer
         self._health = health
         self._metrics = metrics
+        # Called at every turn, so that a loop which hangs is missed.
+        self._beat = beat
         self._clock = clock
         self._wall_clock = wall_clock
         # Called after each sync that succeeded and when a contest has begun; must not block.
@@ -111,6 +122,7 @@ class SyncLoop:
         # Only the loop's own: what the sync that runs looks at, and what it repaired.
         self._look: drift.Look | None = None
         self._has_repaired = False
+        self._audit_at = clock() + _AUDIT_EVERY_S
         #: Replaced as a whole: other threads read it.
         self.history = History()
 
@@ -137,7 +149,10 @@ class SyncLoop:
         """Sync until stopped. Raises whatever is not an IptablesError."""
         self._health.started(self._family)
         self._metrics.sync_last_queued_timestamp.labels(self._family.value).set_to_current_time()
-        while self._wait():
+        while (turn := self._wait()) is not None:
+            if turn == "audit":
+                self._audit()
+                continue
             started, waited_s = self._clock(), self._syncer.lock_waited_s
             outcome = self._sync()
             ended = self._clock()
@@ -148,10 +163,19 @@ class SyncLoop:
                 self._pacer.remind(self._syncer.retry_at)
                 self._finish_look(ended)
 
-    def _wait(self) -> bool:
-        """Wait until a sync is due; False when stopped."""
+    def _audit(self) -> None:
+        is_right = self._syncer.audit()
+        with self._wake:
+            now = self._clock()
+            self._audit_at = now + _AUDIT_EVERY_S
+            if not is_right:
+                self._pacer.request(now)
+
+    def _wait(self) -> Literal["sync", "audit"] | None:
+        """Wait until a sync is due, or nothing is and an audit may be; None when stopped."""
         with self._wake:
             while not self._is_stopped:
+                self._beat()
                 now = self._clock()
                 if self._suspects.due_at() <= now:
                     self._pacer.request(now)
@@ -164,12 +188,15 @@ class SyncLoop:
                         # Whether the kernel still has what it was given.
                         self._syncer.forget_live()
                     self._pacer.started()
-                    return True
+                    return "sync"
+                if now >= self._audit_at:
+                    return "audit"
                 suspects_at = self._suspects.due_at()
                 if suspects_at > now:
                     left = min(left, suspects_at - now)
-                self._wake.wait(min(left, threading.TIMEOUT_MAX))
-            return False
+                left = min(left, self._audit_at - now)
+                self._wake.wait(min(left, _LONGEST_REST_S))
+            return None
 
     def _finish_look(self, now: float) -> None:
         if self._look is None:

@@ -111,6 +111,12 @@ class Tree:
         """Return what stands in the root: a jump for every branch."""
         return tuple(self._branches(self._root, Prefix(0, 0)))
 
+    def ways(self, key: int) -> Iterator[tuple[Prefix, str]]:
+        """Yield every prefix of *key* that may have a chain, the longest first, and the jump to it."""
+        for length in range(self._bits, 0, -_STRIDE):
+            prefix = self._prefix(key, length)
+            yield prefix, self._jump(prefix)
+
     def take_changed(self) -> dict[Prefix, tuple[str, ...] | None]:
         """Return the chains that changed since this was last called; None: it is gone."""
         self._settle()

@@ -52,6 +52,11 @@ _LAST_APPLIED: Final = "kubectl.kubernetes.io/last-applied-configuration"
 _PAGE: Final = "500"
 # etcd refuses objects above 1.5 MiB and the API server requests above 3 MiB.
 _MAX_LINE: Final = 8 << 20
+# A cluster's 100,000 slices in one piece, as a server without streaming lists sends them from its
+# cache: ten times that does not fit into a node, and is no list.
+_MAX_PAGE: Final = 1 << 30
+# In silences. What takes longer is older than what it tells when it arrives.
+_LONGEST_PAGE: Final = 3
 # An outage is one line a minute for each kind, not one for each attempt.
 _WARN_EVERY_S: Final = 60.0
 # client-go's measure of a watch that never really began; a loop of those would be a busy one.
@@ -75,6 +80,10 @@ class WatchState(msgspec.Struct, frozen=True, kw_only=True):
     error: str  # why it failed last, while it fails
 
 
+def _nothing() -> None:
+    pass
+
+
 class Watcher:
     """Lists and watches one kind. ``run`` belongs in a thread of its own."""
 
@@ -88,6 +97,8 @@ class Watcher:
         *,
         stop: threading.Event,
         node_name: str = "",
+        beat: Callable[[], None] = _nothing,
+        heard: Callable[[], None] = _nothing,
         silence_s: float = 120.0,
         pause_s: float = 0.8,
         clock: Callable[[], float] = time.monotonic,
@@ -104,6 +115,8 @@ class Watcher:
             metrics: reconnects and the time of the last line
             stop: ends ``run``
             node_name: the only Node to watch; needed for that kind
+            beat: called whenever the thread turns, so that one which hangs is missed
+            heard: called whenever the server has sent a whole line or page
             silence_s: reconnect after this long without a complete line. Bookmarks come about once
                 a minute, so a healthy watch is never this quiet; a dead one is quiet for ever.
             pause_s: the shortest wait after a failure; client-go's, as is the longest, 30 s
@@ -118,6 +131,8 @@ class Watcher:
         self._reconnects = metrics.watch_reconnects
         self._last_line = metrics.watch_last_event_timestamp.labels(kind)
         self._stop = stop
+        self._beat = beat
+        self._heard = heard
         self._silence_s = silence_s
         self._clock = clock
         self._now = now
@@ -175,6 +190,7 @@ class Watcher:
 
     def _watch(self) -> None:
         while not self._stop.is_set():
+            self._beat()
             self._is_connected = self._has_progressed = False
             try:
                 self._converse()
@@ -197,6 +213,7 @@ class Watcher:
     def _note_life(self) -> None:
         self._last_event_at = self._now()
         self._last_line.set(self._last_event_at)
+        self._heard()
 
     def _learn_from(self, error: errors.ApiError) -> None:
         reason = self._reason(error)
@@ -340,13 +357,28 @@ class Watcher:
     def _page(self, query: dict[str, str]) -> "_Page":
         path = _PATHS[self._kind]
         with self._connection.get(path, query, read_timeout_s=self._silence_s) as response:
-            body = response.read()
+            body = self._body(response.pieces())
         try:
             page = _PAGE_DECODER.decode(body)
-        except msgspec.MsgspecError as error:
+        except api.UNREADABLE as error:
             raise _Damaged(f"cannot decode the list of {self._kind}: {error}") from error
         self._note_life()
         return page
+
+    def _body(self, pieces: Iterable[bytes]) -> bytes:
+        """Put a page together. Raises ApiUnavailable for an endless or endlessly slow one."""
+        parts: list[bytes] = []
+        size = 0
+        began = self._clock()
+        for piece in pieces:
+            self._beat()
+            parts.append(piece)
+            size += len(piece)
+            if size > _MAX_PAGE:
+                raise _Damaged(f"cannot list {self._kind}: a page exceeds {_MAX_PAGE} bytes")
+            if self._clock() - began > _LONGEST_PAGE * self._silence_s:
+                raise api.Silence(f"cannot list {self._kind}: a page takes too long")
+        return b"".join(parts)
 
     def _lines(self, pieces: Iterable[bytes]) -> Iterator[bytes]:
         """Yield complete lines. Raises ApiUnavailable for an endless, endlessly slow or half one."""
@@ -354,6 +386,7 @@ class Watcher:
         size = 0
         last = self._clock()
         for piece in pieces:
+            self._beat()
             head, *others = piece.split(b"\n")
             parts.append(head)
             size += len(head)
@@ -379,7 +412,7 @@ class Watcher:
         self._note_life()
         try:
             event = _EVENT_DECODER.decode(line)
-        except msgspec.MsgspecError as error:
+        except api.UNREADABLE as error:
             self._damaged(error)
             if listing is not None:
                 listing.unreadable.add(_NOBODY)
@@ -400,7 +433,7 @@ class Watcher:
             case "ERROR":
                 raise self._error(event.object)
             case unknown:
-                log.warning("watch.unknown_event_ignored", kind=self._kind, type=unknown)
+                log.warning("watch.unknown_event_ignored", kind=self._kind, type=unknown[:80])
         return listing
 
     def _upsert(self, raw: msgspec.Raw) -> None:
@@ -442,14 +475,14 @@ class Watcher:
     def _error(self, raw: msgspec.Raw) -> errors.ApiError:
         try:
             status = msgspec.json.decode(raw, type=_Status)
-        except msgspec.MsgspecError:
+        except api.UNREADABLE:
             status = _Status(message="an error event without a readable Status")
-        text = f"cannot watch {self._kind}: {status.code}: {status.message}"
+        text = f"cannot watch {self._kind}: {status.code}: {status.message[: api.MAX_TOLD]}"
         if status.code == 410 or status.reason in {"Expired", "Gone"}:
             return errors.WatchExpired(text)
         return api.Refused(text, status.code)
 
-    def _damaged(self, error: msgspec.MsgspecError) -> None:
+    def _damaged(self, error: Exception) -> None:
         """Deal with a line that is no event: ask again once, then leave it out.
 
         Transport damage is gone the second time. What the server really sends would come for ever,
@@ -509,7 +542,7 @@ class Watcher:
         """Decode one object, or report why that is impossible."""
         try:
             decoded = self._decoder.decode(raw)
-        except msgspec.MsgspecError as error:
+        except api.UNREADABLE as error:
             broken = self._identify(raw)
             place = _PLACE.match(str(error))
             namespace, name = broken.key
@@ -529,7 +562,7 @@ class Watcher:
     def _identify(self, raw: msgspec.Raw) -> "_Unreadable":
         try:
             metadata = msgspec.json.decode(raw, type=_Identity).metadata
-        except msgspec.MsgspecError:
+        except api.UNREADABLE:
             return _Unreadable(_NOBODY)
         return _Unreadable(
             (metadata.namespace, metadata.name),
@@ -604,7 +637,11 @@ def _key(decoded: objects.Object) -> Key:
 
 def _is_older(one: str, other: str) -> bool:
     # Comparable as numbers since KEP-5504; a server that writes others is not judged.
-    return one.isdecimal() and other.isdecimal() and int(one) < int(other)
+    if not (one.isascii() and one.isdecimal() and other.isascii() and other.isdecimal()):
+        return False
+    # As text: Python makes no number of thousands of digits, and raises.
+    one, other = one.lstrip("0"), other.lstrip("0")
+    return (len(one), one) < (len(other), other)
 
 
 def _slim(decoded: objects.Object) -> None:

@@ -23,6 +23,8 @@ _HARMLESS = frozenset({"openssl", Path(sys.executable).name})
 
 # How long one example takes says more about what else runs on the machine than about the code.
 hypothesis.settings.register_profile("unhurried", deadline=None)
+# For `make fuzz`, with --hypothesis-profile: no number of examples is enough.
+hypothesis.settings.register_profile("fuzz", deadline=None, max_examples=20_000)
 hypothesis.settings.load_profile("unhurried")
 
 

@@ -104,6 +104,11 @@ class Namespace:
     def __repr__(self) -> str:
         return f"<Namespace {self.netns}>"
 
+    @property
+    def environment(self) -> Mapping[str, str]:
+        """The environment of programs that run in it."""
+        return self._env
+
     def address(self, family: IPFamily) -> str:
         return self.addresses[family]
 

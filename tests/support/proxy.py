@@ -4,9 +4,10 @@ import http.client
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Final
 
 from kubeproxy_py.iptables import chains
@@ -17,6 +18,7 @@ from tests.support.traffic import wait_until
 
 METRICS_PORT: Final = 10249
 HEALTH_PORT: Final = 10256
+_CLUSTER_CIDRS: Final = ",".join(PLANS[family].cluster_cidr for family in IPFamily)
 
 
 def own_rules(tables: chains.Tables) -> dict[tuple[str, str], tuple[str, ...]]:
@@ -32,13 +34,19 @@ def own_rules(tables: chains.Tables) -> dict[tuple[str, str], tuple[str, ...]]:
 class Proxy:
     """One run of ``kubeproxy-py run`` in the lab's node namespace."""
 
-    def __init__(self, lab: Lab, backend: Backend, log: Path, arguments: Sequence[str]) -> None:
+    def __init__(
+        self,
+        lab: Lab,
+        backend: Backend,
+        log: Path,
+        arguments: Sequence[str],
+        environ: Mapping[str, str],
+    ) -> None:
         self.lab = lab
         self.backend: Final = backend
         self.log: Final = log
         # Namespaces of networks do not part /run, so each has its own.
         self.status_socket: Final = log.with_suffix(".sock")
-        cidrs = ",".join(PLANS[family].cluster_cidr for family in IPFamily)
         with log.open("ab") as stream:
             self.process = lab.node.popen(
                 [
@@ -46,17 +54,20 @@ class Proxy:
                     "--logging-format=json",
                     "--v=4",
                     "--hostname-override=node1",
-                    f"--cluster-cidr={cidrs}",
+                    f"--cluster-cidr={_CLUSTER_CIDRS}",
                     f"--iptables-backend={backend}",
                     f"--status-socket={self.status_socket}",
                     # nf_conntrack_max cannot be written outside of the first namespace.
                     "--conntrack-max-per-core=0",
                     "--conntrack-tcp-timeout-established=0",
                     "--conntrack-tcp-timeout-close-wait=0",
+                    # A test must not find what another one left on the host's disk.
+                    "--state-file=",
                     *arguments,
                 ],
                 stdout=subprocess.DEVNULL,
                 stderr=stream,
+                env={**lab.node.environment, **environ},
             )
 
     # What it says ----------------------------------------------------------------------------------
@@ -109,6 +120,16 @@ class Proxy:
         saved = self.lab.node.run([programs.save])
         return chains.parse_save(saved.stdout.splitlines())
 
+    def plan(self, *arguments: str) -> int:
+        """Return the exit status of ``kubeproxy-py plan``: 0 if the kernel is as it should be."""
+        argv = [
+            *(sys.executable, "-m", "kubeproxy_py", "plan", "--hostname-override=node1"),
+            f"--cluster-cidr={_CLUSTER_CIDRS}",
+            f"--iptables-backend={self.backend}",
+            *arguments,
+        ]
+        return self.lab.node.run(argv, check=False).returncode
+
     def is_synced(self) -> bool:
         """Tell whether every family has been programmed at least once."""
         families = {event.get("ip_family") for event in self.events("sync.completed")}
@@ -137,9 +158,15 @@ class Proxy:
 
 
 @contextmanager
-def running(lab: Lab, backend: Backend, log: Path, *arguments: str) -> Iterator[Proxy]:
-    """Run the daemon, and kill it at the end if it still runs."""
-    proxy = Proxy(lab, backend, log, arguments)
+def running(
+    lab: Lab,
+    backend: Backend,
+    log: Path,
+    *arguments: str,
+    environ: Mapping[str, str] = MappingProxyType({}),
+) -> Iterator[Proxy]:
+    """Run the daemon, with *environ* besides the tests' own, and kill it if it runs at the end."""
+    proxy = Proxy(lab, backend, log, arguments, environ)
     try:
         yield proxy
     finally:

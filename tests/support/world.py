@@ -41,6 +41,7 @@ class World:
         self.frontends: list[conntrack.Frontends] = []
         self.quarantined: list[tuple[ServiceName, str]] = []
         self.released = 0
+        self.beats = 0
         self.node_port_addresses: tuple[str, ...] | None = None
         self.nudged = 0
         self.store = Store(
@@ -66,6 +67,7 @@ class World:
                 clean_conntrack=lambda build: self.frontends.append(build()),
                 report_quarantined=lambda name, reason: self.quarantined.append((name, reason)),
                 release_memory=self._release,
+                beat=self._beat,
             ),
             metrics=metrics,
             clock=lambda: self.now,
@@ -77,6 +79,9 @@ class World:
 
     def _prepare(self) -> None:
         self.prepared += 1
+
+    def _beat(self) -> None:
+        self.beats += 1
 
     def _release(self) -> None:
         self.released += 1

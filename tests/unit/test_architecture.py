@@ -181,4 +181,4 @@ def test_only_known_directories_stand_at_the_top():
 
 
 def test_operations_is_short_enough_to_be_read():
-    assert len(OPERATIONS.read_text().splitlines()) < 460
+    assert len(OPERATIONS.read_text().splitlines()) < 520

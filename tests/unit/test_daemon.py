@@ -137,3 +137,26 @@ def test_a_configuration_file_that_is_gone_is_named(settings, tmp_path):
 
     with pytest.raises(ConfigError, match=f"^cannot watch configuration file {path}: "):
         built._open_config_file()
+
+
+class Notes:
+    """What systemd is told."""
+
+    watchdog_s = None
+
+    def __init__(self):
+        self.alive_count = 0
+
+    def alive(self):
+        self.alive_count += 1
+
+
+def test_systemd_is_not_told_that_all_is_well_while_a_thread_hangs(built):
+    notes = built._notifier = Notes()
+    built._threads_alive.expect("watch-Service", 1000.0)
+    built._rest(0.0)
+    assert notes.alive_count == 1
+    built._threads_alive.expect("sync-IPv4", -1.0)
+    built._rest(0.0)
+
+    assert notes.alive_count == 1

@@ -101,6 +101,7 @@ OUR_FLAGS = {
     "external-ips-allow",
     "iptables-backend",
     "manifests",
+    "state-file",
     "status-socket",
     "traffic-metrics",
     "traffic-metrics-max-series",

@@ -308,7 +308,7 @@ def test_not_ready_before_anything_has_been_started(pages):
 
     assert response.status == 503
     assert response.headers == JSON_HEADERS
-    assert response.body == b'{"ready":false,"reasons":["nothing has been started"]}'
+    assert response.body == b'{"ready":false,"reasons":["started: nothing has been started"]}'
 
 
 def test_not_ready_until_every_family_has_synced(pages, proxy):
@@ -316,7 +316,7 @@ def test_not_ready_until_every_family_has_synced(pages, proxy):
         proxy.started(family)
     proxy.updated(V4)
 
-    assert body(pages, "/readyz")["reasons"] == ["IPv6: not synced since the start"]
+    assert body(pages, "/readyz")["reasons"] == ["programmed-IPv6: not synced since the start"]
 
 
 def test_not_ready_while_an_expected_family_has_not_started(pages, proxy):
@@ -324,7 +324,7 @@ def test_not_ready_while_an_expected_family_has_not_started(pages, proxy):
     proxy.started(V4)
     proxy.updated(V4)
 
-    assert body(pages, "/readyz")["reasons"] == ["IPv6: not synced since the start"]
+    assert body(pages, "/readyz")["reasons"] == ["programmed-IPv6: not synced since the start"]
 
 
 def test_ready_when_every_family_has_synced(pages, proxy):
@@ -340,7 +340,9 @@ def test_not_ready_when_a_change_waits_too_long(pages, synced, clocks):
     synced.queued(V4)
     clocks.go_on(LIMIT_S)
 
-    assert body(pages, "/readyz")["reasons"] == ["IPv4: a change has been waiting for 60 s or more"]
+    assert body(pages, "/readyz")["reasons"] == [
+        "prompt-IPv4: a change has been waiting for 60 s or more"
+    ]
 
 
 def test_others_may_speak_against_readiness_but_only_there(pages, synced):
@@ -350,6 +352,63 @@ def test_others_may_speak_against_readiness_but_only_there(pages, synced):
     assert body(pages, "/readyz") == {"ready": False, "reasons": ["quarantine: 2 Services"]}
     assert get(pages, "/healthz").status == 200
     assert get(pages, "/livez").status == 200
+
+
+def test_whoever_asks_for_a_restart_fails_livez_alone(pages, synced):
+    synced.add_liveness("sync-IPv4", lambda: "no sign of life for 400 s")
+    synced.add_liveness("sync-IPv6", lambda: None)
+    found = body(pages, "/livez")
+
+    assert get(pages, "/livez").status == 503
+    assert found["healthy"] is False
+    assert found["reasons"] == ["sync-IPv4: no sign of life for 400 s"]
+    assert get(pages, "/healthz").status == 200
+    assert get(pages, "/readyz").status == 200
+
+
+def ask(pages, path, query, **headers):
+    return pages.app(Request(method="GET", path=path, query=query, headers=headers))
+
+
+def test_people_get_a_list_of_what_was_looked_at_as_from_an_api_server(pages, synced):
+    synced.add_readiness("fresh-Service", lambda: "no sign of life for 400 s")
+    synced.add_readiness("quarantine-IPv4", lambda: None)
+    answer = ask(pages, "/readyz", {"verbose": ""})
+
+    assert answer.status == 503
+    assert dict(answer.headers)["Content-Type"] == "text/plain; charset=utf-8"
+    assert answer.body.decode().splitlines() == [
+        "[+]started ok",
+        "[+]programmed-IPv4 ok",
+        "[+]programmed-IPv6 ok",
+        "[+]prompt-IPv4 ok",
+        "[+]prompt-IPv6 ok",
+        "[-]fresh-Service failed: no sign of life for 400 s",
+        "[+]quarantine-IPv4 ok",
+        "readyz check failed",
+    ]
+
+
+def test_livez_has_such_a_list_as_well(pages, synced):
+    synced.add_liveness("sync-IPv4", lambda: None)
+    answer = ask(pages, "/livez", {"verbose": ""})
+
+    assert answer.status == 200
+    assert answer.body.decode().splitlines() == [
+        "[+]prompt-IPv4 ok",
+        "[+]prompt-IPv6 ok",
+        "[+]sync-IPv4 ok",
+        "livez check passed",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("query", "headers"),
+    [({"verbose": "", "format": "json"}, {}), ({"verbose": ""}, {"accept": "application/json"})],
+)
+def test_programs_get_json_if_they_say_so(pages, synced, query, headers):
+    for path in ("/readyz", "/livez"):
+        json.loads(ask(pages, path, query, **headers).body)
 
 
 # Services' ports ---------------------------------------------------------------------------------

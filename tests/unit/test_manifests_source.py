@@ -367,6 +367,21 @@ def test_failing_sink_gets_the_change_again(tmp_path):
         sink.wait_for_services("web")
 
 
+def test_it_shows_that_it_turns(tmp_path, sink):
+    stop = threading.Event()
+    turned = threading.Semaphore(0)
+    source = manifests.ManifestSource(
+        [tmp_path], sink, sink.report, stop=stop, poll_s=0.01, beat=turned.release
+    )
+    thread = threading.Thread(target=source.run)
+    thread.start()
+    has_turned = [turned.acquire(timeout=DEADLINE_S) for _ in range(3)]
+    stop.set()
+    thread.join(DEADLINE_S)
+
+    assert all(has_turned)
+
+
 def test_nothing_is_given_at_first_while_a_path_is_gone(tmp_path, sink):
     directory = tmp_path / "manifests"
     directory.mkdir()

@@ -4,7 +4,8 @@ import threading
 
 import pytest
 
-from kubeproxy_py.model import IPFamily, PortKey, ServiceName
+from kubeproxy_py import snapshot
+from kubeproxy_py.model import IPFamily, Node, PortKey, ServiceName
 from kubeproxy_py.store import Store
 from tests.support import states
 from tests.support.builders import make_endpoint, make_node, make_port, make_service, make_slice
@@ -440,6 +441,80 @@ def test_no_change_is_lost_between_threads(world):
     (endpoints,) = known[SVC1].endpoints.values()
     assert [ep.ip for ep in endpoints] == ["10.180.3.200"]
     assert known[SVC1].ports.keys() == {PortKey("", "tcp")}
+
+
+# The state file --------------------------------------------------------------------------------------
+
+
+def last_state(*items, zone="zone-a"):
+    services = {family: states.service_states(items, family) for family in (V4, V6)}
+    node = Node(name="node1", ips=("192.168.0.2",), zone=zone)
+    return snapshot.Snapshot(snapshot.State(node, services), 900.0)
+
+
+def test_a_restored_state_is_handed_out_apart_from_what_is_being_listed(metrics):
+    world = World(metrics)
+    world.put(make_service("half", cluster_ip="172.30.0.9"))
+    is_offered = world.store.restore(last_state(make_service(), make_slice()))
+
+    assert is_offered
+    assert world.store.restored_at == 900.0
+    assert set(world.nudged) == {V4, V6}
+    assert world.store.take(V4) is None
+    changes = world.store.take_restored(V4)
+    assert set(changes.services) == {SVC1}
+    assert (changes.is_everything, changes.is_restored, changes.zone) == (True, True, "zone-a")
+
+
+def test_a_restored_state_counts_no_more_once_everything_was_listed(metrics):
+    world = World(metrics)
+    world.store.restore(last_state(make_service(), make_slice()))
+    world.listed("Service", make_service("new", cluster_ip="172.30.0.9"))
+    assert world.store.take_restored(V4).services
+    world.listed("EndpointSlice")
+
+    assert world.store.restored_at is None
+    assert world.store.take_restored(V4) is None
+    changes = world.store.take(V4)
+    assert (set(changes.services), changes.is_restored) == ({("default", "new")}, False)
+    assert changes.is_everything
+
+
+def test_a_state_that_comes_after_the_lists_is_refused(world):
+    assert not world.store.restore(last_state(make_service()))
+    assert world.store.restored_at is None
+
+
+def test_a_node_that_was_listed_is_not_replaced_by_an_older_one(metrics):
+    world = World(metrics)
+    world.listed("Node", make_node("node1", zone="zone-b"))
+    world.store.restore(last_state(make_service(), zone="zone-a"))
+
+    assert world.store.node.zone == "zone-b"
+    assert world.store.take_restored(V4).zone == "zone-b"
+
+
+def test_all_states_are_given_by_name_however_many(metrics):
+    world = World(metrics)
+    items = [
+        make_service(f"svc{number:03}", cluster_ip=f"172.30.1.{number}") for number in range(1, 130)
+    ]
+    world.put(*reversed(items))
+
+    names = [next(iter(state.ports.values())).name.name for state in world.store.states(V4)]
+    assert names == [item["metadata"]["name"] for item in items]
+    assert list(world.store.states(V6)) == []
+
+
+def test_a_service_that_goes_while_states_are_read_is_passed_over(metrics):
+    world = World(metrics)
+    items = [make_service(f"s{n:03}", cluster_ip=f"172.30.1.{n}") for n in range(1, 120)]
+    world.put(*items)
+    reading = world.store.states(V4)
+    next(reading)
+    world.remove(items[-1])
+
+    assert len(list(reading)) == len(items) - 2
 
 
 # External addresses ------------------------------------------------------------------------------

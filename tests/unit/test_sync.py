@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry
 from structlog.testing import capture_logs
 
-from kubeproxy_py import conntrack, rules
+from kubeproxy_py import conntrack, rules, sync_loop
 from kubeproxy_py.errors import BatchRejected, IptablesError, LockTimeout
 from kubeproxy_py.iptables import chains
 from kubeproxy_py.metrics import Metrics
@@ -598,6 +598,35 @@ def test_audit_comes_unasked_and_reads_the_kernel(world, health):
     assert loop._wait()
     assert loop._sync() == "ok"
     assert world.own() == desired(make_service(), make_slice())
+
+
+def test_loop_with_nothing_to_do_shows_that_it_turns(world, health, monkeypatch):
+    monkeypatch.setattr(sync_loop, "_LONGEST_REST_S", 0.001)
+    turned = threading.Semaphore(0)
+    loop = SyncLoop(
+        V4,
+        world.syncer,
+        Pacer(retry_s=1, audit_s=3600),
+        health=health,
+        metrics=world.metrics,
+        beat=turned.release,
+    )
+    thread = threading.Thread(target=loop.run)
+    thread.start()
+    for _ in range(3):
+        assert turned.acquire(timeout=10)
+    loop.stop()
+    thread.join(10)
+
+    assert not thread.is_alive()
+
+
+def test_sync_shows_that_it_goes_on_before_each_restore(world):
+    before = world.beats
+    world.put(make_service("other", cluster_ip="172.30.0.9"))
+    world.sync()
+
+    assert world.beats == before + 1
 
 
 def test_stopped_loop_ends_at_once(world, health):

@@ -646,6 +646,47 @@ def test_stream_too_slow_for_a_line_is_silence(server, follow):
     watching.wait_for_reconnect("silent")
 
 
+def test_page_that_never_ends_is_given_up(serve, follow):
+    server = serve(streaming_lists=False)
+    server.apply_many(
+        builders.make_service(f"svc{number}", cluster_ip=f"172.30.1.{number}")
+        for number in range(1, 100)
+    )
+    server.trickle(200)
+    # Never silent, and never done.
+    watching = follow(server, silence_s=0.3)
+    watching.wait_for_reconnect("silent")
+    server.trickle(None)
+    watching.shelf.wait_for(lambda: len(watching.shelf.objects) == 99)
+
+
+def test_page_that_is_too_big_is_given_up(serve, follow, monkeypatch):
+    monkeypatch.setattr(watch, "_MAX_PAGE", 300)
+    server = serve(streaming_lists=False)
+    server.apply_many([builders.make_service("a"), builders.make_service("b")])
+    watching = follow(server)
+    watching.wait_for_reconnect("damaged")
+    monkeypatch.setattr(watch, "_MAX_PAGE", 1 << 20)
+    watching.wait_for_names("a", "b")
+
+
+def test_signs_of_life_are_given_and_stop_with_the_server(server, follow):
+    heard, beats = [], []
+    watching = follow(
+        server, heard=lambda: heard.append(1), beat=lambda: beats.append(1), silence_s=0.2
+    )
+    watching.wait_for_open_watch()
+    until(lambda: heard and beats)
+    server.freeze()
+    watching.wait_for_reconnect("silent")
+    heard.clear()
+    beats.clear()
+    # The thread turns on; the server is not heard.
+    until(lambda: len(beats) > 2)
+
+    assert not heard
+
+
 def test_endless_line_is_given_up(server, follow):
     watching = follow(server)
     watching.wait_for_open_watch()
