@@ -571,8 +571,8 @@ def test_a_plan_is_made_for_the_families_that_run_would_program(clean_lab, broke
     )
 
     assert both.returncode == 2
-    assert f"# IPv4, {BACKEND}" in both.stdout
-    assert "# IPv6" not in both.stdout
+    assert "IPv4, iptables-nft" in both.stdout
+    assert "IPv6" not in both.stdout
     assert v6.returncode == 1
     assert "ip6tables" in v6.stderr
 
