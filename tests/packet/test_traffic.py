@@ -12,7 +12,7 @@ from kubeproxy_py.model import IPFamily
 from tests.support.addresses import PLANS
 from tests.support.builders import make_endpoint, make_service, make_slice
 from tests.support.proxy import running
-from tests.support.traffic import connect
+from tests.support.traffic import connect, conversation
 
 pytestmark = pytest.mark.packet
 
@@ -95,7 +95,12 @@ def start(clean_lab, servers, backend, files, tmp_path):
 
 def wait(proxy, condition):
     # Looks take at most a tenth of the time, so on a busy machine the next one may be far away.
-    proxy.wait(condition, 90)
+    try:
+        proxy.wait(condition, 90)
+    except AssertionError as error:
+        lines = proxy.get("/metrics")[1].splitlines()
+        shown = [line for line in lines if line.startswith(("kubeproxy_service", "kubeproxy_traf"))]
+        raise AssertionError("\n".join([str(error), *shown])) from None
 
 
 def counted(proxy, name, family=V4, metric=CONNECTIONS, **labels):
@@ -104,7 +109,10 @@ def counted(proxy, name, family=V4, metric=CONNECTIONS, **labels):
 
 def visit(lab, family, number, times=100):
     for _ in range(times):
-        assert connect(lab.node, cluster_ip(family, number), 80).is_answered
+        # Closed by the client. A server that closes keeps the connection in TIME_WAIT, may take a later
+        # one of another Service for it, and lets its SYN be sent, and counted, a second time.
+        with conversation(lab.node, cluster_ip(family, number), 80) as talk:
+            assert talk.ask().is_answered
 
 
 def endpoint(pod, family):
