@@ -5,15 +5,20 @@ Loaded only by that command: the daemon needs neither the time nor the memory th
 """
 
 import contextlib
+import sys
 from collections.abc import Callable, Iterator
+
+from kubeproxy_py.top import Row, View
+
+# The package keeps it from being loaded by others.
+if sys.modules.get("rich") is None:
+    sys.modules.pop("rich", None)
 
 from rich import box
 from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
-
-from kubeproxy_py.top import Row, View
 
 _BAR = 20
 # What stands around the rows: a heading, the table's head and its rule, a line that is left free.

@@ -2,6 +2,8 @@
 
 import ast
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -167,6 +169,14 @@ def test_every_finding_of_check_can_be_found():
     named |= {"manifests", "objects"}
 
     assert named == findings.TOPICS.keys()
+
+
+def test_the_daemon_does_not_load_what_only_top_needs():
+    # structlog would, and each process would have its 3 MiB.
+    script = "import sys, kubeproxy_py.cli; print(sorted(m for m in sys.modules if 'rich' in m))"
+    found = subprocess.run([sys.executable, "-c", script], capture_output=True, check=True)
+
+    assert found.stdout.decode() == "['rich']\n"
 
 
 def test_only_known_directories_stand_at_the_top():
