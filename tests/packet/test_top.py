@@ -115,7 +115,8 @@ def test_on_a_terminal_it_is_live_until_interrupted(programmed, backend):
     master, slave = pty.openpty()
     fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 30, 110, 0, 0))
     process = programmed.node.popen(
-        [*COMMAND, f"--iptables-backend={backend}"],
+        # Who starts the tests in the background has SIGINT ignored, by them and all they start.
+        ["env", "--default-signal=INT", *COMMAND, f"--iptables-backend={backend}"],
         stdin=slave,
         stdout=slave,
         stderr=subprocess.DEVNULL,
