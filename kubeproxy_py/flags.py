@@ -76,6 +76,7 @@ class Traffic:
     """How traffic is counted and shown."""
 
     detail: Literal["service", "endpoint"] = "service"
+    has_bytes: bool = False  # packets and bytes of connections as well
     max_series: int
     namespaces: tuple[str, ...] = ()  # empty: all
     state_file: str = ""  # "": none
@@ -272,9 +273,14 @@ def settings_from_flags(flag_values: FlagValues) -> Settings:
 def _traffic(flag_values: FlagValues) -> Traffic | None:
     detail = flag_values.value("traffic-metrics")
     if detail == "off":
+        if flag_values.value("traffic-metrics-bytes"):
+            raise ConfigError(
+                "cannot use --traffic-metrics-bytes without --traffic-metrics=service or endpoint"
+            )
         return None
     return Traffic(
         detail=detail,
+        has_bytes=flag_values.value("traffic-metrics-bytes"),
         max_series=flag_values.value("traffic-metrics-max-series"),
         namespaces=flag_values.value("traffic-metrics-namespaces"),
         state_file=flag_values.value("traffic-metrics-state"),

@@ -104,6 +104,7 @@ OUR_FLAGS = {
     "state-file",
     "status-socket",
     "traffic-metrics",
+    "traffic-metrics-bytes",
     "traffic-metrics-max-series",
     "traffic-metrics-namespaces",
     "traffic-metrics-state",
@@ -258,6 +259,15 @@ def test_traffic_is_counted_where_that_is_asked_for():
         "--traffic-metrics-namespaces=a,b",
         "--traffic-metrics-state=",
     ).traffic == flags.Traffic(detail="endpoint", max_series=10, namespaces=("a", "b"))
+
+
+def test_bytes_are_counted_with_connections_only():
+    counted = settings("--traffic-metrics=service", "--traffic-metrics-bytes").traffic
+
+    assert counted is not None
+    assert counted.has_bytes
+    with pytest.raises(ConfigError, match="cannot use --traffic-metrics-bytes without"):
+        settings("--traffic-metrics-bytes")
 
 
 def test_flags_that_choose_what_run_does():
