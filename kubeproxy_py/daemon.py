@@ -589,6 +589,7 @@ class Daemon:
             host.addresses_of,
             families=families,
             metrics=self._metrics,
+            is_ready=lambda: self._store.is_synced,
             namespaces=namespaces,
         )
         try:

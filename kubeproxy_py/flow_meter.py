@@ -102,17 +102,19 @@ class FlowMeter:
         *,
         families: Collection[IPFamily],
         metrics: Metrics,
+        is_ready: Callable[[], bool] = lambda: True,
         namespaces: Collection[str] = (),
         room: int = _ROOM,
         opener: Callable[[], netlink.NetlinkSocket] = connect,
         events_opener: Callable[[], netlink.NetlinkSocket] = connect_events,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Count for *ports*, of these namespaces (none: all)."""
+        """Count for *ports*, of these namespaces (none: all), once these are known (*is_ready*)."""
         self._ports = ports
         self._local_addresses = local_addresses
         self._families = {int(ctnetlink.AF[family]): family for family in families}
         self._metrics = metrics
+        self._is_ready = is_ready
         self._namespaces = frozenset(namespaces)
         self._room = room
         self._open = opener
@@ -251,6 +253,9 @@ class FlowMeter:
                 self._changed.notify_all()
 
     def _look(self) -> bool:
+        # Connections whose Service is not known yet would later be taken for new ones.
+        if not self._is_ready():
+            return False
         started = self._clock()
         try:
             self._follow_addresses()

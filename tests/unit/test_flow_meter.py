@@ -223,6 +223,20 @@ def test_before_the_first_look_nothing_has_begun(build):
     assert stage.meter.take(V4)[1][Series("bytes", WEB, TO_SERVICE)] == 1000
 
 
+def test_nothing_begins_before_services_are_known(build):
+    listed = []
+    stage = build(is_ready=lambda: bool(listed))
+    stage.kernel.count(1, 1000)
+    ports, stage.ports[V4] = stage.ports[V4], []
+    assert not stage.meter.look(30.0)
+    assert not stage.meter.has_begun
+    listed.append("Service")
+    stage.ports[V4] = ports
+
+    # It was there before: nobody knows since when, and who has counted it.
+    assert stage.look() == 0
+
+
 def test_node_ports_count_on_this_host_s_addresses_as_they_are_now(stage):
     stage.kernel.count(1, 1000, destination="node", port=30080)
     stage.kernel.count(2, 500, destination="elsewhere", port=30080)
