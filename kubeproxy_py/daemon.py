@@ -180,6 +180,7 @@ class Daemon:
             node_changed=self._node_changed,
             policy=options.external_policy(self._config, self._settings.external_ips_allow),
             refused=self._report_refused,
+            selects=self._traffic_selector(),
         )
         self._gatherer.backend = backend
         self._gatherer.node = lambda: self._store.node
@@ -561,6 +562,7 @@ class Daemon:
             max_series=asked.max_series,
             state=traffic_state.StateFile(Path(asked.state_file) if asked.state_file else None),
             flow_meter=self._flow_meter,
+            choose=self._store.selected if self._traffic_selector() else None,
         )
         for family, kernel in kernels.items():
             self._meters[family] = traffic_meter.FamilyMeter(
@@ -576,6 +578,10 @@ class Daemon:
         self._registry.register(collector)
         collector.start()
         self._undo.append(collector.stop)
+
+    def _traffic_selector(self) -> Callable[[Mapping[str, str]], bool] | None:
+        asked = self._settings.traffic
+        return asked.selector.matches if asked and asked.selector.requirements else None
 
     def _start_flow_meter(
         self, families: Sequence[IPFamily], namespaces: Collection[str]

@@ -24,6 +24,7 @@ from kubeproxy_py import (
 from kubeproxy_py.config import KubeProxyConfiguration
 from kubeproxy_py.errors import ConfigError
 from kubeproxy_py.flag_table import FLAGS, Flag, Group
+from kubeproxy_py.label_selector import Selector
 from kubeproxy_py.model import IPFamily
 from kubeproxy_py.rules import Layout
 
@@ -79,6 +80,9 @@ class Traffic:
     has_bytes: bool = False  # packets and bytes of connections as well
     max_series: int
     namespaces: tuple[str, ...] = ()  # empty: all
+    selector: Selector = field(
+        default_factory=Selector
+    )  # of labels of Services; without requirements: all
     state_file: str = ""  # "": none
 
 
@@ -283,6 +287,7 @@ def _traffic(flag_values: FlagValues) -> Traffic | None:
         has_bytes=flag_values.value("traffic-metrics-bytes"),
         max_series=flag_values.value("traffic-metrics-max-series"),
         namespaces=flag_values.value("traffic-metrics-namespaces"),
+        selector=flag_values.value("traffic-metrics-selector"),
         state_file=flag_values.value("traffic-metrics-state"),
     )
 

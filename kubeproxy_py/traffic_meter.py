@@ -11,7 +11,7 @@ import contextlib
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Container, Iterator, Mapping
 from typing import Final, Literal
 
 import structlog
@@ -24,7 +24,7 @@ from kubeproxy_py.flow_meter import FlowMeter
 from kubeproxy_py.iptables import plan
 from kubeproxy_py.iptables.counters import Counters, Counts
 from kubeproxy_py.metrics import Metrics
-from kubeproxy_py.model import IPFamily, ServicePortName, Tables
+from kubeproxy_py.model import IPFamily, ServiceName, ServicePortName, Tables
 from kubeproxy_py.traffic import Board, Ledger, Series, Written
 
 log = structlog.get_logger()
@@ -220,8 +220,8 @@ class _Totals:
         self._saved = {metric: saved[metric] for metric in self.boards.keys() & saved.keys()}
         self._standing: dict[str, Counter[_Key]] = {}
 
-    def update(self, now: float) -> None:
-        """Take what the meter has; *now* is a time in seconds."""
+    def update(self, now: float, shown: Container[ServiceName] | None) -> None:
+        """Take what the meter has for the Services *shown* (None: all); *now* is in seconds."""
         taken, standing, ports = self.meter.take()
         boards = self.boards
         if self._flow_meter is not None and self._flow_meter.has_begun:
@@ -230,6 +230,9 @@ class _Totals:
         else:
             # What was saved of them is kept as it is until it is known what it goes on from.
             boards = {metric: board for metric, board in boards.items() if metric not in _OF_FLOWS}
+        if shown is not None:
+            taken, standing = _only(taken, shown), _only(standing, shown)
+            ports = {port: number for port, number in ports.items() if _service(port) in shown}
         more = self._by_metric(taken)
         self._standing = self._by_metric(standing)
         for metric, board in boards.items():
@@ -279,6 +282,16 @@ class _Totals:
         return found
 
 
+def _only(counted: Counter[Series], shown: Container[ServiceName]) -> Counter[Series]:
+    return Counter(
+        {series: amount for series, amount in counted.items() if _service(series.port) in shown}
+    )
+
+
+def _service(port: ServicePortName) -> ServiceName:
+    return ServiceName(port.namespace, port.name)
+
+
 def _resume(
     board: Board[_Key],
     saved: traffic_state.Board,
@@ -307,14 +320,20 @@ class TrafficCollector(Collector):
         max_series: int,
         state: traffic_state.StateFile,
         flow_meter: FlowMeter | None = None,
+        choose: Callable[[], Container[ServiceName] | None] | None = None,
         clock: Callable[[], float] = time.monotonic,
         deadline_s: float = _DEADLINE_S,
     ) -> None:
-        """Show packets and bytes as well if there is a *flow_meter*, which is another's to stop."""
+        """Show packets and bytes as well if there is a *flow_meter*, which is another's to stop.
+
+        Of all Services that are counted, those that *choose* returns at each look (None: not known
+        yet, and nobody looks).
+        """
         self._detail: Detail = detail
         self._max_series = max_series
         self._state = state
         self._flow_meter = flow_meter
+        self._choose = choose
         self._clock = clock
         self._deadline_s = deadline_s
         self._families: dict[IPFamily, _Totals] = {}  # complete before start()
@@ -396,16 +415,19 @@ class TrafficCollector(Collector):
 
     def _look(self) -> None:
         started = self._clock()
-        if self._flow_meter is not None:
-            self._flow_meter.look()
-        # All, even if one fails: each has its own counters.
-        looked = {
-            family: totals for family, totals in self._families.items() if totals.meter.look()
-        }
+        shown = self._choose() if self._choose is not None else None
+        looked: dict[IPFamily, _Totals] = {}
+        if self._choose is None or shown is not None:
+            if self._flow_meter is not None:
+                self._flow_meter.look()
+            # All, even if one fails: each has its own counters.
+            looked = {
+                family: totals for family, totals in self._families.items() if totals.meter.look()
+            }
         for family, totals in looked.items():
-            totals.update(self._clock())
+            totals.update(self._clock(), shown)
             self._kept[family.value] = totals.snapshot()
-        shown = list(self._exposed())
+        exposed = list(self._exposed())
         if looked:
             self._state.write(self._kept)
         with self._changed:
@@ -414,7 +436,7 @@ class TrafficCollector(Collector):
             self._due_at = started + max(_INTERVAL_S, took_s / _SHARE)
             if looked:
                 self._looked_at = self._answered_at
-            self._shown = shown
+            self._shown = exposed
             self._changed.notify_all()
 
     def _exposed(self) -> Iterator[CounterMetricFamily]:

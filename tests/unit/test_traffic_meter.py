@@ -9,7 +9,7 @@ from structlog.testing import capture_logs
 
 from kubeproxy_py.errors import IptablesError
 from kubeproxy_py.iptables import plan
-from kubeproxy_py.model import IPFamily, ServicePortName
+from kubeproxy_py.model import IPFamily, ServiceName, ServicePortName
 from kubeproxy_py.traffic import Series
 from kubeproxy_py.traffic_meter import FamilyMeter, TrafficCollector
 from kubeproxy_py.traffic_state import StateFile
@@ -516,3 +516,45 @@ def test_what_was_saved_is_kept_until_connections_are_counted_again(begin):
     flow_meter.count("web", 0, standing=601)
 
     assert octets(third) == 1001
+
+
+# Services chosen by label --------------------------------------------------------------------------
+
+
+def test_only_the_services_chosen_are_shown(build):
+    chosen = {ServiceName("ns", "web")}
+    flow_meter = Flows()
+    flow_meter.has_begun = True
+    stage = build(choose=lambda: chosen, flow_meter=flow_meter)
+    chains = [stage.kernel.endpoint(service) for service in ("web", "api")]
+    stage.scrape()
+    for chain, service in zip(chains, ("web", "api"), strict=True):
+        stage.kernel.counts[chain] = (5,)
+        flow_meter.count(service, 100)
+    found = stage.scrape()
+    assert {key[1] for key in found if key[0] in (CONNECTIONS, BYTES)} == {"web"}
+    assert found[CONNECTIONS, "web", "IPv4", ""] == 5
+    # A label changes; what was counted before is nobody's.
+    chosen.add(ServiceName("ns", "api"))
+    assert stage.count("api") == 0
+    stage.kernel.counts[chains[1]] = (7,)
+    assert stage.count("api") == 2
+    chosen.clear()
+
+    assert stage.count("web") is None
+
+
+def test_until_it_is_known_which_are_chosen_totals_stay_as_they_were_saved(build):
+    stage = build()
+    chain = stage.kernel.endpoint("web")
+    stage.count("web")
+    stage.kernel.counts[chain] = (5,)
+    assert stage.count("web") == 5
+    stage.collector.stop()
+    chosen = []
+    again = build(choose=lambda: chosen[0] if chosen else None)
+    again.kernel.endpoint("web", count=6)
+    assert again.count("web") is None
+    chosen.append({ServiceName("ns", "web")})
+
+    assert again.count("web") == 6
