@@ -44,6 +44,8 @@ _FRONTS_INTERVAL_S: Final = 1.0
 # other numbers for ever.
 _LOOK_DEADLINE_S: Final = 60.0
 _STOP_S: Final = 1.0
+# After a failure that nobody foresaw.
+_PAUSE_S: Final = 1.0
 # At the most this many events in a row, so that a look is begun in between however many come.
 _EVENTS_AT_ONCE: Final = 10_000
 
@@ -213,15 +215,21 @@ class FlowMeter:
                 ready = {descriptor for descriptor, _ in poller.poll()}
                 if self._wake in ready:
                     os.eventfd_read(self._wake)
-                try:
-                    self._drain()
-                    self._answer()
-                except Exception:
-                    # Numbers are no reason to end: the rules are right without them.
-                    log.exception("traffic.failed")
-                    self._metrics.flow_failures.inc()
+                for work in (self._drain, self._answer):
+                    try:
+                        work()
+                    except Exception:
+                        # Numbers are no reason to end: the rules are right without them.
+                        log.exception("traffic.failed")
+                        self._metrics.flow_failures.inc()
+                        self._pause()
         finally:
             self._events.close()
+
+    def _pause(self) -> None:
+        # What fails may fail again at once, and would do nothing else, for ever.
+        with self._changed:
+            self._changed.wait_for(lambda: self._is_stopping, _PAUSE_S)
 
     def _drain(self) -> None:
         """Take in what connections have ended."""

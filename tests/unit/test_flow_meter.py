@@ -153,7 +153,8 @@ class Stage:
 
 
 @pytest.fixture
-def build(metrics):
+def build(metrics, monkeypatch):
+    monkeypatch.setattr("kubeproxy_py.flow_meter._PAUSE_S", 0.0)
     stages = []
 
     def build(**options):
