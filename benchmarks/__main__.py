@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from benchmarks import drift, figures, publish, report
+from benchmarks import drift, figures, flows, publish, report
 from benchmarks import stage as stages
 from benchmarks.results import Cell, Layout, Results
 from tests.support.netns import Backend
@@ -23,7 +23,7 @@ _LAYOUTS: tuple[Layout, ...] = ("tree", "flat")
 _REPEAT_UP_TO = 1_000
 _REPEATS = 3
 # On a running daemon; restart, which ends it, comes last.
-_FIGURES = {"drift": drift.drift, **figures.FIGURES}
+_FIGURES = {"drift": drift.drift, "flows": flows.flows, **figures.FIGURES}
 _PARTS = ("sync", *_FIGURES, "threshold")
 
 

@@ -75,6 +75,12 @@ ROWS: Final = (
         "ms",
         _MS,
     ),
+    Row(
+        "bytes counted: CPU a look, each connection to a Service", "flows_living", median, "µs", _US
+    ),
+    Row("bytes counted: CPU a look, each other entry", "flows_others", median, "µs", _US),
+    Row("bytes counted: CPU, each connection that ends", "flows_ended", median, "µs", _US),
+    Row("bytes counted: memory at 50,000 connections", "flows_memory", median, "MiB"),
     Row("restart with nothing changed, to healthy", "restart", median, "s"),
     Row("restart with nothing changed, restores", "restart_restores", median, ""),
     Row("memory, idle after the first sync", "memory", median, "MiB"),

@@ -10,7 +10,6 @@ Never part of a rule sync: a sync asks, and a thread of its own does the work af
 
 import errno
 import socket
-import struct
 import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
@@ -19,7 +18,7 @@ from typing import Final
 import msgspec
 import structlog
 
-from kubeproxy_py import netlink
+from kubeproxy_py import ctnetlink, netlink
 from kubeproxy_py.metrics import Metrics
 from kubeproxy_py.model import IPFamily, ServiceState
 
@@ -30,26 +29,6 @@ Address = tuple[str, int]
 
 _Packed = tuple[bytes, bytes]
 """An address and a port as they are on the wire."""
-
-_AF: Final = {IPFamily.V4: socket.AF_INET, IPFamily.V6: socket.AF_INET6}
-
-_IPCTNL_MSG_CT_GET: Final = 1 << 8 | 1
-_IPCTNL_MSG_CT_DELETE: Final = 1 << 8 | 2
-
-_CTA_TUPLE_ORIG: Final = 1
-_CTA_TUPLE_REPLY: Final = 2
-_CTA_ID: Final = 12
-_CTA_ZONE: Final = 18
-_CTA_FILTER: Final = 25
-
-_CTA_TUPLE_IP: Final = 1
-_CTA_TUPLE_PROTO: Final = 2
-_CTA_PROTO_NUM: Final = 1
-_CTA_PROTO_SRC_PORT: Final = 2
-_CTA_PROTO_DST_PORT: Final = 3
-
-_CTA_FILTER_ORIG_FLAGS: Final = 1
-_CTA_FILTER_F_PROTO_NUM: Final = 1 << 3
 
 # How often a table that changes under the dump is read again, as kube-proxy does. Entries found
 # stale on the way are already deleted, so giving up loses little.
@@ -159,7 +138,7 @@ def _pass(
     batch: list[bytes] = []
 
     def flush() -> None:
-        results = deleter.request_all(_IPCTNL_MSG_CT_DELETE, batch)
+        results = deleter.request_all(ctnetlink.DELETE, batch)
         batch.clear()
         deleted = results.count(0)
         tally.deleted += deleted
@@ -183,29 +162,17 @@ def _pass(
 def _entries(lister: netlink.NetlinkSocket, family: IPFamily) -> Iterator[memoryview]:
     # Yields the payload of each entry; of UDP ones only, where the kernel can tell (Linux 5.8).
     # Older ones ignore the filter or refuse it, so nobody may rely on it.
-    generic = _generic_header(family)
-    udp_only = (
-        netlink.nested(
-            _CTA_TUPLE_ORIG,
-            netlink.nested(
-                _CTA_TUPLE_PROTO,
-                netlink.attribute(_CTA_PROTO_NUM, bytes([socket.IPPROTO_UDP])),
-            ),
-        ),
-        netlink.nested(
-            _CTA_FILTER,
-            netlink.attribute(_CTA_FILTER_ORIG_FLAGS, struct.pack("=I", _CTA_FILTER_F_PROTO_NUM)),
-        ),
-    )
+    generic = ctnetlink.generic_header(family)
+    udp_only = ctnetlink.only_protocol(socket.IPPROTO_UDP)
     try:
-        for _, _, payload in lister.dump(_IPCTNL_MSG_CT_GET, generic + b"".join(udp_only)):
+        for _, _, payload in lister.dump(ctnetlink.GET, generic + udp_only):
             yield payload
     except netlink.NetlinkError as error:
         if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
             raise
     else:
         return
-    for _, _, payload in lister.dump(_IPCTNL_MSG_CT_GET, generic):
+    for _, _, payload in lister.dump(ctnetlink.GET, generic):
         yield payload
 
 
@@ -215,16 +182,11 @@ def _deletion(entry: memoryview) -> bytes:
     # too). A request without tuples would clear the whole table; matched entries have both.
     parts = [bytes(entry[:4])]
     for kind, value in netlink.attributes(entry[4:]):
-        if kind in (_CTA_TUPLE_ORIG, _CTA_TUPLE_REPLY):
+        if kind in (ctnetlink.CTA_TUPLE_ORIG, ctnetlink.CTA_TUPLE_REPLY):
             parts.append(netlink.nested(kind, bytes(value)))
-        elif kind in (_CTA_ID, _CTA_ZONE):
+        elif kind in (ctnetlink.CTA_ID, ctnetlink.CTA_ZONE):
             parts.append(netlink.attribute(kind, bytes(value)))
     return b"".join(parts)
-
-
-def _generic_header(family: IPFamily) -> bytes:
-    # struct nfgenmsg: address family, version, resource id.
-    return struct.pack("=BBH", _AF[family], 0, 0)
 
 
 class _Matcher:
@@ -245,14 +207,14 @@ class _Matcher:
         self._local = (
             None
             if local_addresses is None
-            else frozenset(socket.inet_pton(_AF[family], ip) for ip in local_addresses)
+            else frozenset(socket.inet_pton(ctnetlink.AF[family], ip) for ip in local_addresses)
         )
 
     def stale(self, entries: Iterable[memoryview]) -> Iterator[memoryview]:
         """Yield those of *entries* that are UDP and lead to an endpoint that is not wanted."""
         services = self._services
         node_ports = self._node_ports
-        layout = _LAYOUTS[self._family]
+        layout = ctnetlink.LAYOUTS[self._family]
         unpack = layout.fields.unpack_from
         size = layout.fields.size
         original_head, proto_head, reply_head = layout.original, layout.proto, layout.reply
@@ -264,10 +226,10 @@ class _Matcher:
                 if number != socket.IPPROTO_UDP:
                     continue
             else:
-                parsed = _parse(entry)
-                if parsed is None:
+                parsed = ctnetlink.parse_ends(entry)
+                if parsed is None or parsed.protocol != socket.IPPROTO_UDP:
                     continue
-                destination, port, source, source_port = parsed
+                _, destination, port, source, source_port = parsed
             endpoints = services.get((destination, port))
             if endpoints is None:
                 endpoints = node_ports.get(port)
@@ -278,79 +240,13 @@ class _Matcher:
 
     def _pack(self, address: Address) -> _Packed:
         ip, port = address
-        return socket.inet_pton(_AF[self._family], ip), port.to_bytes(2, "big")
+        return socket.inet_pton(ctnetlink.AF[self._family], ip), port.to_bytes(2, "big")
 
     def _is_local(self, destination: bytes) -> bool:
         if self._local is None or destination in self._local:
             return True
         # All of 127.0.0.0/8 is this host, whatever addresses the loopback device lists.
         return self._family is IPFamily.V4 and destination[0] == 127
-
-
-class _Layout:
-    """Where the fields of a UDP entry stand as every kernel so far writes it.
-
-    The order of attributes is no promise of the kernel's, so the headers are compared too. What
-    looks different (zones of one direction, protocols without ports) is parsed by attributes.
-    """
-
-    def __init__(self, address_size: int) -> None:
-        ip_size = 4 + 2 * (4 + address_size)
-        # Number (8 bytes with its header and padding) and two ports (8 each).
-        proto_size = 4 + 3 * 8
-        tuple_size = 4 + ip_size + proto_size
-        nest = struct.Struct("=HHHH")
-        self.original = nest.pack(
-            tuple_size,
-            _CTA_TUPLE_ORIG | netlink.NLA_F_NESTED,
-            ip_size,
-            _CTA_TUPLE_IP | netlink.NLA_F_NESTED,
-        )
-        self.reply = nest.pack(
-            tuple_size,
-            _CTA_TUPLE_REPLY | netlink.NLA_F_NESTED,
-            ip_size,
-            _CTA_TUPLE_IP | netlink.NLA_F_NESTED,
-        )
-        self.proto = nest.pack(
-            proto_size, _CTA_TUPLE_PROTO | netlink.NLA_F_NESTED, 5, _CTA_PROTO_NUM
-        )
-        n = address_size
-        self.fields = struct.Struct(
-            "=4x"  # generic header
-            f"8s 4x {n}x 4x {n}s"  # original: heads, source, destination
-            "8s B 3x 8x 4x 2s 2x"  # heads, protocol, source port, destination port
-            f"8s 4x {n}s 4x {n}x"  # reply: heads, source, destination
-            "12x 4x 2s 2x"  # heads and protocol, source port
-        )
-
-
-_LAYOUTS: Final = {IPFamily.V4: _Layout(4), IPFamily.V6: _Layout(16)}
-
-
-def _parse(entry: memoryview) -> tuple[bytes, bytes, bytes, bytes] | None:
-    # Returns original destination and port, reply source and port; None where it is not UDP.
-    tuples = dict(netlink.attributes(entry[4:]))
-    if _CTA_TUPLE_ORIG not in tuples or _CTA_TUPLE_REPLY not in tuples:
-        return None
-    original = dict(netlink.attributes(tuples[_CTA_TUPLE_ORIG]))
-    reply = dict(netlink.attributes(tuples[_CTA_TUPLE_REPLY]))
-    # The source's attribute has the smaller type in both families: 1 and 2, 3 and 4.
-    try:
-        original_proto = dict(netlink.attributes(original[_CTA_TUPLE_PROTO]))
-        if original_proto[_CTA_PROTO_NUM][0] != socket.IPPROTO_UDP:
-            return None
-        original_ip = dict(netlink.attributes(original[_CTA_TUPLE_IP]))
-        reply_ip = dict(netlink.attributes(reply[_CTA_TUPLE_IP]))
-        reply_proto = dict(netlink.attributes(reply[_CTA_TUPLE_PROTO]))
-        return (
-            bytes(original_ip[max(original_ip)]),
-            bytes(original_proto[_CTA_PROTO_DST_PORT]),
-            bytes(reply_ip[min(reply_ip)]),
-            bytes(reply_proto[_CTA_PROTO_SRC_PORT]),
-        )
-    except KeyError:
-        return None
 
 
 class Reconciler:

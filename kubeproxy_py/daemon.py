@@ -11,7 +11,7 @@ import queue
 import signal
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Final
@@ -30,6 +30,7 @@ from kubeproxy_py import (
     conntrack,
     drift,
     external,
+    flow_meter,
     health,
     host,
     hostnet,
@@ -108,6 +109,8 @@ class Daemon:
         self._loops: dict[IPFamily, sync_loop.SyncLoop] = {}
         self._counts_packets = False
         self._meters: dict[IPFamily, traffic_meter.FamilyMeter] = {}
+        self._flow_meter: flow_meter.FlowMeter | None = None
+        self._has_accounting = False
         self._node_name = host.node_name(settings.hostname_override)
         # What cannot work on any node is refused before anything on this one is touched.
         for family in IPFamily:
@@ -177,6 +180,7 @@ class Daemon:
             node_changed=self._node_changed,
             policy=options.external_policy(self._config, self._settings.external_ips_allow),
             refused=self._report_refused,
+            selects=self._traffic_selector(),
         )
         self._gatherer.backend = backend
         self._gatherer.node = lambda: self._store.node
@@ -226,6 +230,8 @@ class Daemon:
         if IPFamily.V4 in kernels and options.has_localhost_node_ports(self._config, cidrs):
             sysctls.ensure_route_localnet()
         host.ensure_counters()
+        if self._settings.traffic is not None and self._settings.traffic.has_bytes:
+            self._has_accounting = sysctls.ensure_conntrack_accounting()
 
     def _start_sources_of_nodes(self) -> None:
         if self._settings.manifests:
@@ -549,10 +555,14 @@ class Daemon:
         asked = self._settings.traffic
         if asked is None:
             return
+        if self._has_accounting:
+            self._flow_meter = self._start_flow_meter(tuple(kernels), asked.namespaces)
         collector = traffic_meter.TrafficCollector(
             detail=asked.detail,
             max_series=asked.max_series,
             state=traffic_state.StateFile(Path(asked.state_file) if asked.state_file else None),
+            flow_meter=self._flow_meter,
+            choose=self._store.selected if self._traffic_selector() else None,
         )
         for family, kernel in kernels.items():
             self._meters[family] = traffic_meter.FamilyMeter(
@@ -568,6 +578,33 @@ class Daemon:
         self._registry.register(collector)
         collector.start()
         self._undo.append(collector.stop)
+
+    def _traffic_selector(self) -> Callable[[Mapping[str, str]], bool] | None:
+        asked = self._settings.traffic
+        return asked.selector.matches if asked and asked.selector.requirements else None
+
+    def _start_flow_meter(
+        self, families: Sequence[IPFamily], namespaces: Collection[str]
+    ) -> flow_meter.FlowMeter | None:
+        meter = flow_meter.FlowMeter(
+            lambda family: [
+                port
+                for ports in self._store.service_ports(family).values()
+                for port in ports.values()
+            ],
+            host.addresses_of,
+            families=families,
+            metrics=self._metrics,
+            is_ready=lambda: self._store.is_synced,
+            namespaces=namespaces,
+        )
+        try:
+            meter.start()
+        except OSError as error:
+            log.warning("traffic.flows_unavailable", error=str(error))
+            return None
+        self._undo.append(meter.stop)
+        return meter
 
     def _start_servers(self) -> None:
         pages.register_process_metrics(self._registry, gates=self._config.feature_gates)
@@ -681,6 +718,8 @@ class Daemon:
     def _nudge(self, family: IPFamily) -> None:
         if self._keeper is not None:
             self._keeper.note()
+        if self._flow_meter is not None:
+            self._flow_meter.outdate()
         loop = self._loops.get(family)
         if loop is not None:
             loop.nudge()

@@ -124,8 +124,10 @@ _OUR_FLAGS: Final = (
     Flag("state-file", _TEXT, "/var/lib/kubeproxy-py/state", "Keep the last good state of the cluster in this file, for a reboot without an API server; empty: do not.", is_honoured_with_config=True),
     Flag("external-ips-allow", flag_types.Cidrs(), "", "CIDRs that external IPs and load balancer VIPs of Services must be in; others get no rules. Comma-separated, may be repeated. Without it: all but other Services' cluster IPs and the API servers' own address and port.", group=_RULES, is_honoured_with_config=True),
     Flag("traffic-metrics", flag_types.Choice("off", "service", "endpoint"), "off", "Count connections and refused packets of each Service, or of each endpoint as well, and show them on the metrics port.", is_honoured_with_config=True),
+    Flag("traffic-metrics-bytes", _BOOLEAN, "false", "Count packets and bytes of each Service's connections as well, which the kernel then counts for every connection. With --traffic-metrics only.", is_honoured_with_config=True),
     Flag("traffic-metrics-max-series", flag_types.Integer(lowest=1), "500", "At most so many series for each of these metrics and each IP family; the rest is counted together.", is_honoured_with_config=True),
     Flag("traffic-metrics-namespaces", flag_types.Namespaces(), "", "Count only Services of these namespaces. Without it: all.", is_honoured_with_config=True),
+    Flag("traffic-metrics-selector", flag_types.LabelSelector(), "", "Show only Services whose labels this selector selects, such as team=payments,tier in (web,api). Without it: all.", is_honoured_with_config=True),
     Flag("traffic-metrics-state", _TEXT, "/run/kubeproxy-py/traffic.json", "Keep the totals in this file, so that a restart goes on from them. An empty value keeps none.", is_honoured_with_config=True),
     Flag("iptables-backend", flag_types.Choice("auto", "nft", "legacy"), "auto", "Which iptables programs to use; auto takes the ones this node's other programs use.", group=_RULES, is_honoured_with_config=True),
 )

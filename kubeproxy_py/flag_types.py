@@ -11,7 +11,7 @@ from typing import Any, Final, NoReturn
 
 import click
 
-from kubeproxy_py import addresses, config_validation, durations, records
+from kubeproxy_py import addresses, config_validation, durations, label_selector, records
 from kubeproxy_py.config import VModule
 from kubeproxy_py.durations import Duration
 
@@ -205,6 +205,18 @@ class Namespaces(Texts):
             if not records.is_label(name):
                 raise ValueError(f'"{name}" is not the name of a namespace')
         return names
+
+
+class LabelSelector(FlagType):
+    """A Kubernetes label selector."""
+
+    name = "selector"
+
+    def parse(self, text: str) -> label_selector.Selector:
+        return label_selector.parse(text)
+
+    def show(self, value: Any) -> str:
+        return str(value.text)
 
 
 class Paths(Texts):

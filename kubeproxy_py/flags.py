@@ -24,6 +24,7 @@ from kubeproxy_py import (
 from kubeproxy_py.config import KubeProxyConfiguration
 from kubeproxy_py.errors import ConfigError
 from kubeproxy_py.flag_table import FLAGS, Flag, Group
+from kubeproxy_py.label_selector import Selector
 from kubeproxy_py.model import IPFamily
 from kubeproxy_py.rules import Layout
 
@@ -76,8 +77,12 @@ class Traffic:
     """How traffic is counted and shown."""
 
     detail: Literal["service", "endpoint"] = "service"
+    has_bytes: bool = False  # packets and bytes of connections as well
     max_series: int
     namespaces: tuple[str, ...] = ()  # empty: all
+    selector: Selector = field(
+        default_factory=Selector
+    )  # of labels of Services; without requirements: all
     state_file: str = ""  # "": none
 
 
@@ -272,11 +277,17 @@ def settings_from_flags(flag_values: FlagValues) -> Settings:
 def _traffic(flag_values: FlagValues) -> Traffic | None:
     detail = flag_values.value("traffic-metrics")
     if detail == "off":
+        if flag_values.value("traffic-metrics-bytes"):
+            raise ConfigError(
+                "cannot use --traffic-metrics-bytes without --traffic-metrics=service or endpoint"
+            )
         return None
     return Traffic(
         detail=detail,
+        has_bytes=flag_values.value("traffic-metrics-bytes"),
         max_series=flag_values.value("traffic-metrics-max-series"),
         namespaces=flag_values.value("traffic-metrics-namespaces"),
+        selector=flag_values.value("traffic-metrics-selector"),
         state_file=flag_values.value("traffic-metrics-state"),
     )
 

@@ -253,3 +253,21 @@ class Metrics:
             "Readings of rules' counters that failed; the next one makes up for it",
             _FAMILY,
         )
+        self.flow_look_duration = histogram(
+            "traffic_flow_look_duration_seconds",
+            "Time it took to read what all living connections have counted once",
+            (),
+        )
+        self.flow_failures = counter(
+            "traffic_flow_look_failures_total",
+            "Readings of living connections that failed; the next one makes up for it",
+        )
+        self.flow_events_lost = counter(
+            "traffic_flow_events_lost_total",
+            "Times that the kernel had no room to tell of connections that ended",
+        )
+        self.flows = gauge(
+            "traffic_flows",
+            "Living connections to Services, by whether their progress is counted",
+            ("state",),
+        )

@@ -235,6 +235,22 @@ class NetlinkSocket:
             if got >= _NLMSG_MIN_TYPE:
                 yield got, flags, body
 
+    def each_event(self, parse: Callable[[bytearray, int, int], object]) -> None:
+        """Receive one datagram of the joined groups; give *parse* each message, as a buffer's part.
+
+        As ``events``, for tens of thousands a second.
+        """
+        unpack, buffer, head = _HEADER.unpack_from, self._buffer, _HEADER.size
+        offset, size = 0, self._receive_datagram()
+        while offset < size:
+            length, got, _, _, _ = unpack(buffer, offset)
+            end = offset + length
+            if length < head or end > size:
+                raise NetlinkError(errno.EBADMSG, self._subject)
+            if got >= _NLMSG_MIN_TYPE:
+                parse(buffer, offset + head, end)
+            offset = end + -end % 4
+
     def _send(self, messages: Sequence[tuple[int, int, bytes]]) -> int:
         # Returns the sequence number of the last; those before it count up to it.
         parts: list[bytes] = []

@@ -8,7 +8,7 @@ after it was put in, and nothing is handed out before Services and EndpointSlice
 
 import threading
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Final
 
 import msgspec
@@ -127,12 +127,13 @@ class Store:
         node_changed: Callable[[Node], None],
         policy: external.Policy = _SAFETY_ALONE,
         refused: Callable[[external.Refusal], None] = _say_nothing,
+        selects: Callable[[Mapping[str, str]], bool] | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
         """Call *changed* when a family has something to sync, outside the lock.
 
         *refused* is called, outside the lock as well, with each external address that *policy* came
-        to keep out of what is handed out.
+        to keep out of what is handed out. *selects* is asked about the labels of each Service.
         """
         self._node_name = node_name
         self._metrics = metrics
@@ -140,12 +141,14 @@ class Store:
         self._changed = changed
         self._node_changed = node_changed
         self._refused = refused
+        self._selects = selects
         # Changes triggered before this process looked are nobody's latency.
         self._started = clock()
 
         self._lock = threading.Lock()
         # Guarded by the lock:
         self._families = {family: _Family(policy) for family in families}
+        self._selected: set[ServiceName] = set()
         self._slice_owners: dict[tuple[str, str], tuple[IPFamily, ServiceName]] = {}
         self._listed: set[Kind] = set()
         self._node: Node | None = None
@@ -207,6 +210,8 @@ class Store:
     def delete(self, kind: Kind, namespace: str, name: str) -> None:
         """Remove the object; one that is not known is no error."""
         if kind == "Service":
+            with self._lock:
+                self._selected.discard(ServiceName(namespace, name))
             self._put_service(records.ServiceRecord(ServiceName(namespace, name), {}))
         elif kind == "EndpointSlice":
             self._put_slice((namespace, name), None)
@@ -217,6 +222,11 @@ class Store:
         record = records.service_record(service)
         for problem in record.problems:
             self._report(problem)
+        if self._selects is not None:
+            # Of all labels, this is what is kept.
+            is_selected = self._selects(service.metadata.labels or {})
+            with self._lock:
+                (self._selected.add if is_selected else self._selected.discard)(record.name)
         self._put_service(record)
 
     def _put_service(self, record: records.ServiceRecord) -> None:
@@ -419,6 +429,11 @@ class Store:
         for refusal in refused:
             self._refused(refusal)
         return changes
+
+    def selected(self) -> frozenset[ServiceName] | None:
+        """Return the Services that *selects* has chosen by their labels; None: not all are listed."""
+        with self._lock:
+            return frozenset(self._selected) if self._is_synced() else None
 
     def refusals(self) -> tuple[external.Refusal, ...]:
         """Return the external addresses that are kept out of what was handed out, sorted."""

@@ -23,6 +23,8 @@ _NETFILTER: Final = "net/netfilter"
 #: Below /proc/sys, as all names that others may ask for.
 CONNTRACK_MAX: Final = f"{_NETFILTER}/nf_conntrack_max"
 _TCP_BE_LIBERAL: Final = _PROC_SYS / _NETFILTER / "nf_conntrack_tcp_be_liberal"
+_ACCOUNTING: Final = _PROC_SYS / _NETFILTER / "nf_conntrack_acct"
+_EVENTS: Final = _PROC_SYS / _NETFILTER / "nf_conntrack_events"
 _HASHSIZE: Final = Path("sys/module/nf_conntrack/parameters/hashsize")
 _ROUTE_LOCALNET: Final = Path("proc/sys/net/ipv4/conf/all/route_localnet")
 _ONLINE_CPUS: Final = Path("sys/devices/system/cpu/online")
@@ -113,6 +115,26 @@ def conntrack_is_liberal(root: Path = _HOST) -> bool:
         return int(_read(root / _TCP_BE_LIBERAL)) != 0
     except (OSError, ValueError):
         return False
+
+
+def ensure_conntrack_accounting(root: Path = _HOST) -> bool:
+    """Let the kernel count packets and bytes of connections that begin from now on.
+
+    Return whether it does. Where it tells nobody of connections that end, it shall do that too.
+    """
+    try:
+        _ensure(root, _ACCOUNTING, 1)
+        # 2, the default of newer kernels, is as good: on where somebody listens.
+        if int(_read(root / _EVENTS)) == 0:
+            _ensure(root, _EVENTS, 1)
+    except (OSError, ValueError) as error:
+        log.warning(
+            "conntrack.accounting_refused",
+            error=_reason(error),
+            consequence="packets and bytes of Services are not counted",
+        )
+        return False
+    return True
 
 
 def ensure_route_localnet(root: Path = _HOST) -> None:

@@ -17,7 +17,7 @@ from typing import Final, Generic, Literal, NamedTuple, TypeVar, cast
 from kubeproxy_py import rules
 from kubeproxy_py.model import Chains, Protocol, ServicePortName, Tables
 
-Kind = Literal["connections", "refused"]
+Kind = Literal["connections", "refused", "packets", "bytes"]
 #: Why packets were refused.
 Reason = Literal["no_endpoints", "no_local_endpoints", "source_ranges"]
 
@@ -47,7 +47,7 @@ class Series(NamedTuple):
 
     kind: Kind
     port: ServicePortName
-    detail: str  # endpoint's address of connections, reason of what was refused
+    detail: str  # endpoint's address of connections, reason of what was refused, direction of bytes
 
 
 class _Meter(NamedTuple):

@@ -11,19 +11,20 @@ import contextlib
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Container, Iterator, Mapping
 from typing import Final, Literal
 
 import structlog
 from prometheus_client.core import CounterMetricFamily
 from prometheus_client.registry import Collector
 
-from kubeproxy_py import rules, traffic, traffic_state
+from kubeproxy_py import flows, rules, traffic, traffic_state
 from kubeproxy_py.errors import IptablesError
+from kubeproxy_py.flow_meter import FlowMeter
 from kubeproxy_py.iptables import plan
 from kubeproxy_py.iptables.counters import Counters, Counts
 from kubeproxy_py.metrics import Metrics
-from kubeproxy_py.model import IPFamily, ServicePortName, Tables
+from kubeproxy_py.model import IPFamily, ServiceName, ServicePortName, Tables
 from kubeproxy_py.traffic import Board, Ledger, Series, Written
 
 log = structlog.get_logger()
@@ -48,11 +49,16 @@ OTHERS: Final = ServicePortName("", "other", "", "tcp")
 CONNECTIONS: Final = "kubeproxy_service_connections"
 REFUSED: Final = "kubeproxy_service_refused_packets"
 ENDPOINT_CONNECTIONS: Final = "kubeproxy_endpoint_connections"
+PACKETS: Final = "kubeproxy_service_packets"
+BYTES: Final = "kubeproxy_service_bytes"
 _METRICS: Final[dict[str, tuple[str, tuple[str, ...]]]] = {
     CONNECTIONS: ("[ALPHA] Connections that were given an endpoint of this Service", ()),
     REFUSED: ("[ALPHA] Packets to this Service that were refused or dropped", ("reason",)),
     ENDPOINT_CONNECTIONS: ("[ALPHA] Connections that were given this endpoint", ("endpoint",)),
+    PACKETS: ("[ALPHA] Packets of connections to this Service", ("direction",)),
+    BYTES: ("[ALPHA] Bytes of these packets, IP headers included", ("direction",)),
 }
+_OF_FLOWS: Final = (PACKETS, BYTES)
 
 
 class FamilyMeter:
@@ -198,29 +204,47 @@ class _Totals:
         room: int,
         detail: Detail,
         saved: Mapping[str, traffic_state.Board],
+        family: IPFamily,
+        flow_meter: FlowMeter | None,
     ) -> None:
         """Go on from what was *saved*, with the first update."""
         self.meter = meter
-        self._saved = saved
+        self._family = family
+        self._flow_meter = flow_meter
         self.boards: dict[str, Board[_Key]] = {
             metric: Board(room)
             for metric in _METRICS
-            if metric != ENDPOINT_CONNECTIONS or detail == "endpoint"
+            if (metric != ENDPOINT_CONNECTIONS or detail == "endpoint")
+            and (metric not in _OF_FLOWS or flow_meter is not None)
         }
+        self._saved = {metric: saved[metric] for metric in self.boards.keys() & saved.keys()}
         self._standing: dict[str, Counter[_Key]] = {}
 
-    def update(self, now: float) -> None:
-        """Take what the meter has; *now* is a time in seconds."""
+    def update(self, now: float, shown: Container[ServiceName] | None) -> None:
+        """Take what the meter has for the Services *shown* (None: all); *now* is in seconds."""
         taken, standing, ports = self.meter.take()
+        boards = self.boards
+        if self._flow_meter is not None and self._flow_meter.has_begun:
+            taken_of_flows, standing_of_flows = self._flow_meter.take(self._family)
+            taken, standing = taken + taken_of_flows, standing + standing_of_flows
+        else:
+            # What was saved of them is kept as it is until it is known what it goes on from.
+            boards = {metric: board for metric, board in boards.items() if metric not in _OF_FLOWS}
+        if shown is not None:
+            taken, standing = _only(taken, shown), _only(standing, shown)
+            ports = {port: number for port, number in ports.items() if _service(port) in shown}
         more = self._by_metric(taken)
         self._standing = self._by_metric(standing)
-        saved, self._saved = self._saved, {}
-        for metric in saved.keys() & self.boards.keys():
-            standing_before = self._standing[metric] - more[metric]
-            _resume(self.boards[metric], saved[metric], standing_before, more[metric], now)
-        for metric, board in self.boards.items():
+        for metric, board in boards.items():
+            if metric in self._saved:
+                saved = self._saved.pop(metric)
+                standing_before = self._standing[metric] - more[metric]
+                _resume(board, saved, standing_before, more[metric], now)
             board.add(more[metric], now)
-            if metric == CONNECTIONS:
+            if metric in _OF_FLOWS:
+                directions = (flows.TO_SERVICE, flows.FROM_SERVICE)
+                board.keep({(port, direction) for port in ports for direction in directions})
+            elif metric == CONNECTIONS:
                 board.keep({(port, "") for port in ports})
             elif metric == REFUSED:
                 refusing = {key for key in board.totals if key[0] in ports}
@@ -230,7 +254,7 @@ class _Totals:
 
     def snapshot(self) -> dict[str, traffic_state.Board]:
         """Return what is to be saved."""
-        return {
+        return self._saved | {
             metric: traffic_state.Board(
                 tuple(
                     traffic_state.Total(*key[0], key[1], total, self._standing[metric][key])
@@ -239,18 +263,33 @@ class _Totals:
                 board.others,
             )
             for metric, board in self.boards.items()
+            if metric not in self._saved
         }
 
     @staticmethod
     def _by_metric(counted: Counter[Series]) -> dict[str, Counter[_Key]]:
         found: dict[str, Counter[_Key]] = {metric: Counter() for metric in _METRICS}
         for series, amount in counted.items():
-            if series.kind == "refused":
+            if series.kind == "packets":
+                found[PACKETS][series.port, series.detail] += amount
+            elif series.kind == "bytes":
+                found[BYTES][series.port, series.detail] += amount
+            elif series.kind == "refused":
                 found[REFUSED][series.port, series.detail] += amount
             else:
                 found[CONNECTIONS][series.port, ""] += amount
                 found[ENDPOINT_CONNECTIONS][series.port, series.detail] += amount
         return found
+
+
+def _only(counted: Counter[Series], shown: Container[ServiceName]) -> Counter[Series]:
+    return Counter(
+        {series: amount for series, amount in counted.items() if _service(series.port) in shown}
+    )
+
+
+def _service(port: ServicePortName) -> ServiceName:
+    return ServiceName(port.namespace, port.name)
 
 
 def _resume(
@@ -280,12 +319,21 @@ class TrafficCollector(Collector):
         detail: Detail,
         max_series: int,
         state: traffic_state.StateFile,
+        flow_meter: FlowMeter | None = None,
+        choose: Callable[[], Container[ServiceName] | None] | None = None,
         clock: Callable[[], float] = time.monotonic,
         deadline_s: float = _DEADLINE_S,
     ) -> None:
+        """Show packets and bytes as well if there is a *flow_meter*, which is another's to stop.
+
+        Of all Services that are counted, those that *choose* returns at each look (None: not known
+        yet, and nobody looks).
+        """
         self._detail: Detail = detail
         self._max_series = max_series
         self._state = state
+        self._flow_meter = flow_meter
+        self._choose = choose
         self._clock = clock
         self._deadline_s = deadline_s
         self._families: dict[IPFamily, _Totals] = {}  # complete before start()
@@ -305,7 +353,12 @@ class TrafficCollector(Collector):
     def add(self, family: IPFamily, meter: FamilyMeter) -> None:
         """Show what *meter*, which is to call ``wake``, counts as well. Before ``start``."""
         self._families[family] = _Totals(
-            meter, self._max_series, self._detail, self._kept.get(family.value, {})
+            meter,
+            self._max_series,
+            self._detail,
+            self._kept.get(family.value, {}),
+            family,
+            self._flow_meter,
         )
 
     def start(self) -> None:
@@ -362,14 +415,19 @@ class TrafficCollector(Collector):
 
     def _look(self) -> None:
         started = self._clock()
-        # All, even if one fails: each has its own counters.
-        looked = {
-            family: totals for family, totals in self._families.items() if totals.meter.look()
-        }
+        shown = self._choose() if self._choose is not None else None
+        looked: dict[IPFamily, _Totals] = {}
+        if self._choose is None or shown is not None:
+            if self._flow_meter is not None:
+                self._flow_meter.look()
+            # All, even if one fails: each has its own counters.
+            looked = {
+                family: totals for family, totals in self._families.items() if totals.meter.look()
+            }
         for family, totals in looked.items():
-            totals.update(self._clock())
+            totals.update(self._clock(), shown)
             self._kept[family.value] = totals.snapshot()
-        shown = list(self._exposed())
+        exposed = list(self._exposed())
         if looked:
             self._state.write(self._kept)
         with self._changed:
@@ -378,7 +436,7 @@ class TrafficCollector(Collector):
             self._due_at = started + max(_INTERVAL_S, took_s / _SHARE)
             if looked:
                 self._looked_at = self._answered_at
-            self._shown = shown
+            self._shown = exposed
             self._changed.notify_all()
 
     def _exposed(self) -> Iterator[CounterMetricFamily]:

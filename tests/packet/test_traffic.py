@@ -41,7 +41,11 @@ class Files:
             self._put(
                 name + suffix,
                 make_service(
-                    name + suffix, cluster_ip=cluster_ip(family, number), ports=[80], **spec
+                    name + suffix,
+                    cluster_ip=cluster_ip(family, number),
+                    ports=[80],
+                    labels={"app": name},
+                    **spec,
                 ),
                 make_slice(
                     name + suffix,
@@ -276,6 +280,19 @@ def test_only_the_namespaces_asked_for_are_counted(start, clean_lab, files):
         wait(proxy, lambda: proxy.metric("kubeproxy_traffic_look_duration_seconds_count") > 1)
 
         assert CONNECTIONS + "{" not in proxy.get("/metrics")[1]
+
+
+def test_only_services_with_the_labels_asked_for_are_shown(start, clean_lab, files):
+    for number, name in enumerate(("web", "api", "db"), 1):
+        files.write(name, number, clean_lab.pods[:1])
+    with start("--traffic-metrics-selector=app in (web, db),!legacy") as proxy:
+        proxy.wait_synced()
+        wait(proxy, lambda: CONNECTIONS + "{" in proxy.get("/metrics")[1])
+        for number in (1, 2, 3):
+            visit(clean_lab, V4, number, 3)
+        wait(proxy, lambda: counted(proxy, "web") == counted(proxy, "db") == 3)
+
+        assert 'service="api' not in proxy.get("/metrics")[1]
 
 
 def test_off_means_no_series_no_thread_and_no_file(start, clean_lab, files, tmp_path):

@@ -14,6 +14,8 @@ _IPCTNL_MSG_CT_NEW: Final = 1 << 8 | 0
 _CTA_TUPLE_ORIG, _CTA_TUPLE_REPLY, _CTA_STATUS, _CTA_TIMEOUT = 1, 2, 3, 7
 _CTA_TUPLE_IP, _CTA_TUPLE_PROTO = 1, 2
 _CTA_PROTO_NUM, _CTA_PROTO_SRC_PORT, _CTA_PROTO_DST_PORT = 1, 2, 3
+_CTA_NAT_DST: Final = 13
+_CTA_NAT_PROTO, _CTA_PROTONAT_PORT_MIN, _CTA_PROTONAT_PORT_MAX = 3, 1, 2
 _IPS_CONFIRMED: Final = 1 << 3
 # Distinct addresses that clients have before they begin again with the next port.
 _ADDRESSES: Final = 50_000
@@ -30,6 +32,7 @@ class Flow(NamedTuple):
     destination: Address
     answerer: Address
     protocol: int = socket.IPPROTO_UDP
+    is_rewritten: bool = False  # the kernel knows that it was, as after DNAT
 
 
 def packed(ip: str, port: int) -> Address:
@@ -50,7 +53,10 @@ def insert(family: IPFamily, flows: Iterable[Flow], *, timeout_s: int = 300) -> 
     Raises:
         NetlinkError: the kernel takes no more (ENOMEM: its limit is reached).
     """
-    kind, source = (socket.AF_INET, 1) if family is IPFamily.V4 else (socket.AF_INET6, 3)
+    # Types of the source's address, and of the first one to rewrite to; the other is the next.
+    kind, source, rewritten = (
+        (socket.AF_INET, 1, 1) if family is IPFamily.V4 else (socket.AF_INET6, 3, 4)
+    )
     head = struct.pack("=BBH", kind, 0, 0)
     tail = netlink.attribute(_CTA_STATUS, struct.pack(">I", _IPS_CONFIRMED))
     tail += netlink.attribute(_CTA_TIMEOUT, struct.pack(">I", timeout_s))
@@ -71,9 +77,27 @@ def insert(family: IPFamily, flows: Iterable[Flow], *, timeout_s: int = 300) -> 
             ),
         )
 
+    def rewriting(answerer: Address) -> bytes:
+        address, port = answerer[0], struct.pack(">H", answerer[1])
+        return netlink.nested(
+            _CTA_NAT_DST,
+            netlink.attribute(rewritten, address),
+            netlink.attribute(rewritten + 1, address),
+            netlink.nested(
+                _CTA_NAT_PROTO,
+                netlink.attribute(_CTA_PROTONAT_PORT_MIN, port),
+                netlink.attribute(_CTA_PROTONAT_PORT_MAX, port),
+            ),
+        )
+
     with conntrack.connect() as sock:
-        for client, destination, answerer, protocol in flows:
+        for client, destination, answerer, protocol, is_rewritten in flows:
             there = direction(_CTA_TUPLE_ORIG, protocol, client, destination)
-            back = direction(_CTA_TUPLE_REPLY, protocol, answerer, client)
+            # Told to rewrite it, the kernel puts the answerer there itself.
+            back = direction(
+                _CTA_TUPLE_REPLY, protocol, destination if is_rewritten else answerer, client
+            )
             payload = head + there + back + tail
+            if is_rewritten:
+                payload += rewriting(answerer)
             sock.request(_IPCTNL_MSG_CT_NEW, payload, flags=netlink.NLM_F_CREATE)

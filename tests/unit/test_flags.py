@@ -7,7 +7,7 @@ import pytest
 import yaml
 from click.testing import CliRunner
 
-from kubeproxy_py import config, flag_types, flags
+from kubeproxy_py import config, flag_types, flags, label_selector
 from kubeproxy_py.config import KubeProxyConfiguration, VModule
 from kubeproxy_py.errors import ConfigError
 from kubeproxy_py.model import IPFamily
@@ -104,8 +104,10 @@ OUR_FLAGS = {
     "state-file",
     "status-socket",
     "traffic-metrics",
+    "traffic-metrics-bytes",
     "traffic-metrics-max-series",
     "traffic-metrics-namespaces",
+    "traffic-metrics-selector",
     "traffic-metrics-state",
 }
 
@@ -260,6 +262,24 @@ def test_traffic_is_counted_where_that_is_asked_for():
     ).traffic == flags.Traffic(detail="endpoint", max_series=10, namespaces=("a", "b"))
 
 
+def test_services_to_count_may_be_chosen_by_label():
+    text = "team=payments,tier in (web, api)"
+    found = settings("--traffic-metrics=service", f"--traffic-metrics-selector={text}")
+
+    assert found.traffic is not None
+    assert found.traffic.selector == label_selector.parse(text)
+    assert found.flag_values["traffic-metrics-selector"] == text
+
+
+def test_bytes_are_counted_with_connections_only():
+    counted = settings("--traffic-metrics=service", "--traffic-metrics-bytes").traffic
+
+    assert counted is not None
+    assert counted.has_bytes
+    with pytest.raises(ConfigError, match="cannot use --traffic-metrics-bytes without"):
+        settings("--traffic-metrics-bytes")
+
+
 def test_flags_that_choose_what_run_does():
     given = settings("--init-only", "--cleanup", "--write-config-to=/w", "--master=http://m")
 
@@ -359,6 +379,7 @@ def test_feature_gates_are_merged():
         ("--dispatch=round", '"round" is not one of auto, flat, tree'),
         ("--traffic-metrics=all", '"all" is not one of off, service, endpoint'),
         ("--traffic-metrics-max-series=0", '"0" is out of range'),
+        ("--traffic-metrics-selector=team in web", 'cannot parse label selector "team in web"'),
         ("--traffic-metrics-namespaces=a,B", '"B" is not the name of a namespace'),
         ("--manifests=", "a path must not be empty"),
         ('--nodeport-addresses="a', "unexpected end of data"),

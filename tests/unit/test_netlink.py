@@ -254,3 +254,21 @@ def test_what_others_send_is_in_no_list():
 
     with pytest.raises(netlink.NetlinkError):
         lists(sock, b"one")
+
+
+def test_each_event_is_given_as_a_part_of_the_buffer():
+    sock = opened(message(ITEM, b"abcd") + message(ERROR, bytes(20)) + message(ITEM, b"efg"))
+    found = []
+
+    sock.each_event(lambda buffer, begin, end: found.append(bytes(buffer[begin:end])))
+
+    assert found == [b"abcd", b"efg"]
+
+
+def test_a_malformed_event_is_an_error():
+    sock = opened(struct.pack("=IHHII", 99, ITEM, 0, 0, 0))
+
+    with pytest.raises(netlink.NetlinkError) as caught:
+        sock.each_event(lambda *_: None)
+
+    assert caught.value.errno == errno.EBADMSG

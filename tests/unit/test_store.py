@@ -19,7 +19,7 @@ DUAL = {"ipFamilies": ["IPv4", "IPv6"], "clusterIPs": ["172.30.0.41", "fd00:172:
 class World:
     """A store, and what it told."""
 
-    def __init__(self, metrics, families=(V4, V6)):
+    def __init__(self, metrics, families=(V4, V6), **options):
         self.problems = []
         self.nudged = []
         self.nodes = []
@@ -35,6 +35,7 @@ class World:
             node_changed=self.nodes.append,
             refused=self.refused.append,
             clock=lambda: STARTED,
+            **options,
         )
 
     def put(self, *items):
@@ -609,3 +610,27 @@ def test_ports_are_told_as_they_are_handed_out(world):
         name: state.ports for name, state in changes.services.items()
     }
     assert world.store.service_ports(V6) == {}
+
+
+# Services chosen by label --------------------------------------------------------------------------
+
+
+def test_services_are_chosen_by_the_labels_they_have_now(metrics):
+    world = World(metrics, selects=lambda labels: labels.get("team") == "a")
+    name = ServiceName("default", "svc1")
+    world.put(make_service(labels={"team": "a"}), make_service("other"))
+    assert world.store.selected() is None
+    world.listed("Service", make_service(labels={"team": "a"}), make_service("other"))
+    world.listed("EndpointSlice")
+    assert world.store.selected() == {name}
+    # A label is no reason to sync.
+    world.store.take(V4)
+    world.nudged.clear()
+    world.put(make_service(labels={"team": "b"}))
+    assert world.store.selected() == set()
+    assert world.nudged == []
+    world.put(make_service(labels={"team": "a"}))
+    assert world.store.selected() == {name}
+    world.remove(make_service())
+
+    assert world.store.selected() == set()

@@ -254,6 +254,42 @@ def test_localhost_that_cannot_be_made_routable_is_fatal_in_kube_proxys_words(tm
         sysctls.ensure_route_localnet(tmp_path)
 
 
+ACCOUNTING = f"{NETFILTER}/nf_conntrack_acct"
+EVENTS = f"{NETFILTER}/nf_conntrack_events"
+
+
+@pytest.mark.parametrize(
+    ("events", "wanted"),
+    [("0", "1"), ("1", "1"), ("2", "2")],
+    ids=["off", "on", "if somebody listens"],
+)
+def test_accounting_is_switched_on_and_ends_are_told(tmp_path, events, wanted):
+    host = Host(tmp_path, {ACCOUNTING: "0", EVENTS: events})
+
+    assert sysctls.ensure_conntrack_accounting(host.root)
+    assert (host[ACCOUNTING], host[EVENTS]) == ("1", wanted)
+
+
+def test_accounting_that_is_on_already_needs_no_permission(tmp_path):
+    host = Host(tmp_path, {ACCOUNTING: "1", EVENTS: "2"})
+    for name in (ACCOUNTING, EVENTS):
+        (host.root / name).chmod(0o444)
+    before = (host.root / ACCOUNTING).stat().st_mtime_ns
+
+    assert sysctls.ensure_conntrack_accounting(host.root)
+    assert (host.root / ACCOUNTING).stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize("files", [{}, {ACCOUNTING: "0"}, {ACCOUNTING: "1", EVENTS: "yes"}])
+def test_accounting_that_cannot_be_switched_on_is_a_warning(tmp_path, files):
+    host = Host(tmp_path, files)
+    with capture_logs() as logs:
+        assert not sysctls.ensure_conntrack_accounting(host.root)
+
+    assert logs[-1]["event"] == "conntrack.accounting_refused"
+    assert "packets and bytes" in logs[-1]["consequence"]
+
+
 def test_the_oom_score_is_written(tmp_path):
     host = Host(tmp_path, {OOM: "0"})
 

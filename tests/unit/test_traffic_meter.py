@@ -1,6 +1,7 @@
 """Traffic metrics, on a kernel whose counters are a dict."""
 
 import threading
+from collections import Counter
 
 import pytest
 from prometheus_client import CollectorRegistry
@@ -8,7 +9,8 @@ from structlog.testing import capture_logs
 
 from kubeproxy_py.errors import IptablesError
 from kubeproxy_py.iptables import plan
-from kubeproxy_py.model import IPFamily
+from kubeproxy_py.model import IPFamily, ServiceName, ServicePortName
+from kubeproxy_py.traffic import Series
 from kubeproxy_py.traffic_meter import FamilyMeter, TrafficCollector
 from kubeproxy_py.traffic_state import StateFile
 
@@ -16,6 +18,7 @@ V4, V6 = IPFamily.V4, IPFamily.V6
 CONNECTIONS = "kubeproxy_service_connections_total"
 REFUSED = "kubeproxy_service_refused_packets_total"
 ENDPOINT = "kubeproxy_endpoint_connections_total"
+BYTES = "kubeproxy_service_bytes_total"
 
 
 class Kernel:
@@ -71,6 +74,29 @@ class Kernel:
                 del self.tables["nat"][chain]
 
 
+class Flows:
+    """What connections have counted, as a test says."""
+
+    def __init__(self):
+        self.has_begun = False
+        self.more = {V4: Counter(), V6: Counter()}
+        self.standing = {V4: Counter(), V6: Counter()}
+        self.next = None
+
+    def count(self, service, octets, *, standing=0):
+        """Let the next look find so many bytes more, and so many of living connections."""
+        series = Series("bytes", ServicePortName("ns", service, "", "tcp"), "to_service")
+        self.more[V4][series] += octets
+        self.standing[V4][series] = standing
+
+    def look(self):
+        return True
+
+    def take(self, family):
+        taken, self.more[family] = self.more[family], Counter()
+        return taken, self.standing[family]
+
+
 class Stage:
     """A collector of one or two families, whose clock stands still."""
 
@@ -113,7 +139,8 @@ class Stage:
         self.now += 10
         return {
             (sample.name, *(sample.labels[key] for key in ("service", "ip_family")),
-             sample.labels.get("reason") or sample.labels.get("endpoint") or ""): sample.value
+             next((sample.labels[key] for key in ("reason", "endpoint", "direction")
+                   if key in sample.labels), "")): sample.value
             for metric in self.registry.collect()
             for sample in metric.samples
         }  # fmt: skip
@@ -401,3 +428,133 @@ def test_the_names_of_endpoints_without_a_comment_are_looked_for_again(stage):
 
 def test_a_collector_that_was_not_started_stops():
     TrafficCollector(detail="service", max_series=1, state=StateFile(None)).stop()
+
+
+# Packets and bytes ---------------------------------------------------------------------------------
+
+
+def octets(stage, service="web", direction="to_service"):
+    return stage.count(service, metric=BYTES, detail=direction)
+
+
+@pytest.fixture
+def begin(build):
+    """Start a process whose connections have been looked at; give its stage and connections."""
+
+    def begin():
+        flow_meter = Flows()
+        stage = build(flow_meter=flow_meter)
+        stage.kernel.endpoint("web")
+        flow_meter.has_begun = True
+        return stage, flow_meter
+
+    return begin
+
+
+def test_bytes_are_shown_by_direction_once_they_are_counted(begin):
+    stage, flow_meter = begin()
+    flow_meter.has_begun = False
+    assert octets(stage) is None
+    flow_meter.has_begun = True
+    flow_meter.count("web", 1000)
+
+    assert octets(stage) == 1000
+    assert octets(stage, direction="from_service") == 0
+    flow_meter.count("web", 500)
+    assert octets(stage) == 1500
+
+
+def test_without_counting_them_there_are_no_bytes(stage):
+    stage.kernel.endpoint("web")
+
+    assert octets(stage) is None
+
+
+def test_bytes_of_a_service_that_is_gone_are_gone(begin):
+    stage, flow_meter = begin()
+    chain = stage.kernel.endpoint("old")
+    flow_meter.count("old", 7)
+    assert octets(stage, "old") == 7
+    stage.kernel.write(stage.meter, delete=[chain], nat={})
+
+    assert octets(stage, "old") is None
+
+
+def test_bytes_go_on_after_a_restart_with_what_came_meanwhile(begin):
+    stage, flow_meter = begin()
+    flow_meter.count("web", 1000, standing=600)
+    assert octets(stage) == 1000
+    stage.collector.stop()
+    again, flow_meter = begin()
+    flow_meter.count("web", 0, standing=650)
+    assert octets(again) == 1050
+    flow_meter.count("web", 5, standing=655)
+    assert octets(again) == 1055
+
+
+def test_bytes_never_fall_if_connections_ended_meanwhile(begin):
+    stage, flow_meter = begin()
+    flow_meter.count("web", 1000, standing=600)
+    assert octets(stage) == 1000
+    stage.collector.stop()
+    again, flow_meter = begin()
+    flow_meter.count("web", 0, standing=10)
+
+    assert octets(again) == 1000
+
+
+def test_what_was_saved_is_kept_until_connections_are_counted_again(begin):
+    stage, flow_meter = begin()
+    flow_meter.count("web", 1000, standing=600)
+    assert octets(stage) == 1000
+    stage.collector.stop()
+    again, flow_meter = begin()
+    flow_meter.has_begun = False
+    assert octets(again) is None
+    again.collector.stop()
+    third, flow_meter = begin()
+    flow_meter.count("web", 0, standing=601)
+
+    assert octets(third) == 1001
+
+
+# Services chosen by label --------------------------------------------------------------------------
+
+
+def test_only_the_services_chosen_are_shown(build):
+    chosen = {ServiceName("ns", "web")}
+    flow_meter = Flows()
+    flow_meter.has_begun = True
+    stage = build(choose=lambda: chosen, flow_meter=flow_meter)
+    chains = [stage.kernel.endpoint(service) for service in ("web", "api")]
+    stage.scrape()
+    for chain, service in zip(chains, ("web", "api"), strict=True):
+        stage.kernel.counts[chain] = (5,)
+        flow_meter.count(service, 100)
+    found = stage.scrape()
+    assert {key[1] for key in found if key[0] in (CONNECTIONS, BYTES)} == {"web"}
+    assert found[CONNECTIONS, "web", "IPv4", ""] == 5
+    # A label changes; what was counted before is nobody's.
+    chosen.add(ServiceName("ns", "api"))
+    assert stage.count("api") == 0
+    stage.kernel.counts[chains[1]] = (7,)
+    assert stage.count("api") == 2
+    chosen.clear()
+
+    assert stage.count("web") is None
+
+
+def test_until_it_is_known_which_are_chosen_totals_stay_as_they_were_saved(build):
+    stage = build()
+    chain = stage.kernel.endpoint("web")
+    stage.count("web")
+    stage.kernel.counts[chain] = (5,)
+    assert stage.count("web") == 5
+    stage.collector.stop()
+    chosen = []
+    again = build(choose=lambda: chosen[0] if chosen else None)
+    again.kernel.endpoint("web", count=6)
+    assert again.count("web") is None
+    chosen.append({ServiceName("ns", "web")})
+
+    assert again.count("web") == 6
