@@ -245,7 +245,7 @@ class Daemon:
         path = self._settings.state_file
         if not path or self._connection is None or self._settings.init_only:
             return
-        self._keeper = keeper.Keeper(
+        self._keeper = kept = keeper.Keeper(
             keeper.StateFile(Path(path)),
             self._store,
             self._metrics,
@@ -257,8 +257,9 @@ class Daemon:
             ),
             stop=self._stop,
         )
-        self._spawn("snapshot", self._keeper.run)
-        self._undo.append(self._keeper.stop)
+        self._gatherer.state_file = lambda: kept.state
+        self._spawn("snapshot", kept.run)
+        self._undo.append(kept.stop)
 
     def _wait_for_node(self) -> Node | None:
         """Wait for the Node object, from the API or the state file, then for what it may lack."""
@@ -491,6 +492,8 @@ class Daemon:
                 contested=loop.contested,
                 lock_wait=lambda: syncer.lock_wait,
                 lock_waited_s=lambda: syncer.lock_waited_s,
+                is_restored=lambda: syncer.is_restored,
+                audited=lambda: syncer.audited,
                 missing_capabilities=tuple(sorted(found.lacks)),
             ),
         )

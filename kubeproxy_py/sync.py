@@ -235,6 +235,11 @@ class Syncer:
         return False
 
     @property
+    def audited(self) -> tuple[int, int]:
+        """Return how many Services the audit has compared, and how many differed. From any thread."""
+        return self._auditor.compared, self._auditor.differed
+
+    @property
     def retry_at(self) -> float:
         """Return when a Service that was set aside should be tried again; infinity: never."""
         return self._quarantine.next_retry_at()
