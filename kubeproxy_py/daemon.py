@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Final
+from typing import Final, get_args
 
 import structlog
 from prometheus_client import CollectorRegistry
@@ -116,6 +116,9 @@ class Daemon:
         self._pod_cidrs: tuple[str, ...] | None = None
         self._node_ips: tuple[str, ...] = ()
         self._connection = self._connect()
+        # From 0 on, or Prometheus takes the first that is invalid for no increase.
+        for kind in (*get_args(Kind), "File"):
+            self._metrics.invalid_objects.labels(kind)
         self._recorder = recorder.Recorder(self._connection, host=host.node_name(""))
         self._health = health.ProxyHealth(self._config.iptables.sync_period_s)
         self._threads_alive = pulses.Pulses()
@@ -461,7 +464,7 @@ class Daemon:
             metrics=self._metrics,
         )
         self._health.add_readiness(
-            f"quarantine-{family.value}", lambda: _told_quarantined(family, syncer.quarantined)
+            f"quarantine-{family.value}", lambda: _told_quarantined(syncer.quarantined)
         )
         self._health.add_readiness(
             f"snapshot-{family.value}",
@@ -853,11 +856,11 @@ _MAX_NOTE: Final = 1024
 _MAX_NAME: Final = 253
 
 
-def _told_quarantined(family: IPFamily, names: tuple[ServiceName, ...]) -> str | None:
+def _told_quarantined(names: tuple[ServiceName, ...]) -> str | None:
     if not names:
         return None
     some = ", ".join(map(str, names[:_NAMED_SERVICES]))
-    return f"{family.value}: rules refused for {len(names)} Services: {some}"
+    return f"rules refused for {len(names)} Services: {some}"
 
 
 def _told_restored(saved_at: float | None) -> str | None:

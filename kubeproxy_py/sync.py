@@ -164,6 +164,9 @@ class Syncer:
         self._clock = clock
         self._wall_clock = wall_clock
         self._auditor = audit.Auditor(family, store, clock)
+        # From 0 on, or Prometheus takes the first mismatch for no increase.
+        metrics.audited_services.labels(family.value)
+        metrics.audit_mismatches.labels(family.value)
         # The audit has found rules that are not what they should be.
         self._is_doubtful = False
         # What the kernel has; None: unknown.

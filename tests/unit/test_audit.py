@@ -175,6 +175,10 @@ def test_what_is_wrong_is_found(world, fault, layout):
     assert look_at_all(world)
 
 
+def test_mismatches_count_from_zero_so_that_an_alert_sees_the_first(metrics):
+    assert World(metrics).value("audit_mismatches_total") == 0
+
+
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
 def test_what_is_wrong_is_told_and_built_anew(world, fault):
     fault(world)
