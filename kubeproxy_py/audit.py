@@ -28,8 +28,9 @@ class Auditor:
         self._store = store
         self._clock = clock
         self._names: Iterator[ServiceName] = iter(())
-        #: Services compared so far.
+        #: Services compared so far, and how many of them differed.
         self.compared = 0
+        self.differed = 0
 
     def look(
         self, ruleset: Ruleset, *, ignored: Collection[ServiceName]
@@ -58,4 +59,5 @@ class Auditor:
                     self.compared += 1
                     if not ruleset.holds(settled, state):
                         found.append(settled)
+        self.differed += len(found)
         return tuple(found)

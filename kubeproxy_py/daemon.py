@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Final
+from typing import Final, get_args
 
 import structlog
 from prometheus_client import CollectorRegistry
@@ -119,6 +119,9 @@ class Daemon:
         self._pod_cidrs: tuple[str, ...] | None = None
         self._node_ips: tuple[str, ...] = ()
         self._connection = self._connect()
+        # From 0 on, or Prometheus takes the first that is invalid for no increase.
+        for kind in (*get_args(Kind), "File"):
+            self._metrics.invalid_objects.labels(kind)
         self._recorder = recorder.Recorder(self._connection, host=host.node_name(""))
         self._health = health.ProxyHealth(self._config.iptables.sync_period_s)
         self._threads_alive = pulses.Pulses()
@@ -251,7 +254,7 @@ class Daemon:
         path = self._settings.state_file
         if not path or self._connection is None or self._settings.init_only:
             return
-        self._keeper = keeper.Keeper(
+        self._keeper = kept = keeper.Keeper(
             keeper.StateFile(Path(path)),
             self._store,
             self._metrics,
@@ -263,8 +266,9 @@ class Daemon:
             ),
             stop=self._stop,
         )
-        self._spawn("snapshot", self._keeper.run)
-        self._undo.append(self._keeper.stop)
+        self._gatherer.state_file = lambda: kept.state
+        self._spawn("snapshot", kept.run)
+        self._undo.append(kept.stop)
 
     def _wait_for_node(self) -> Node | None:
         """Wait for the Node object, from the API or the state file, then for what it may lack."""
@@ -466,7 +470,7 @@ class Daemon:
             metrics=self._metrics,
         )
         self._health.add_readiness(
-            f"quarantine-{family.value}", lambda: _told_quarantined(family, syncer.quarantined)
+            f"quarantine-{family.value}", lambda: _told_quarantined(syncer.quarantined)
         )
         self._health.add_readiness(
             f"snapshot-{family.value}",
@@ -497,6 +501,8 @@ class Daemon:
                 contested=loop.contested,
                 lock_wait=lambda: syncer.lock_wait,
                 lock_waited_s=lambda: syncer.lock_waited_s,
+                is_restored=lambda: syncer.is_restored,
+                audited=lambda: syncer.audited,
                 missing_capabilities=tuple(sorted(found.lacks)),
             ),
         )
@@ -889,11 +895,11 @@ _MAX_NOTE: Final = 1024
 _MAX_NAME: Final = 253
 
 
-def _told_quarantined(family: IPFamily, names: tuple[ServiceName, ...]) -> str | None:
+def _told_quarantined(names: tuple[ServiceName, ...]) -> str | None:
     if not names:
         return None
     some = ", ".join(map(str, names[:_NAMED_SERVICES]))
-    return f"{family.value}: rules refused for {len(names)} Services: {some}"
+    return f"rules refused for {len(names)} Services: {some}"
 
 
 def _told_restored(saved_at: float | None) -> str | None:

@@ -12,8 +12,9 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Final
+from typing import Final, Literal
 
+import msgspec
 import structlog
 
 from kubeproxy_py import snapshot
@@ -32,6 +33,29 @@ _SETTLE_S: Final = 2.0
 # What is lost by an older state is what changed while the machine was going down, and little else; a
 # few hundred kilobytes every half minute are what a cheap flash card bears for years.
 _INTERVAL_S: Final = 30.0
+
+
+Operation = Literal["prepare", "load", "save"]
+
+
+class Failed(msgspec.Struct, frozen=True):
+    """What the file could not be used for, when (Unix time), and why."""
+
+    at: float
+    operation: Operation
+    reason: str
+
+
+class FileState(msgspec.Struct, frozen=True):
+    """How it is with the file."""
+
+    path: str
+    #: When (Unix time) the state in it was current, and its size; None: not known yet, or not ours.
+    saved_at: float | None = None
+    size_bytes: int = 0
+    last_failure: Failed | None = None
+    #: It has not been written since that failure.
+    is_failing: bool = False
 
 
 class StateFile:
@@ -137,7 +161,10 @@ class Keeper:
         self._now = now
         self._changed = threading.Event()
         self._written = ""  # digest of what the file has
+        # A save has failed since the last that did not.
         self._is_failing = False
+        #: Replaced as a whole: other threads read it.
+        self.state = FileState(str(file.path))
         for operation in ("prepare", "load", "save"):
             metrics.snapshot_failures.labels(operation)
 
@@ -154,7 +181,7 @@ class Keeper:
         try:
             self._file.prepare()
         except OSError as error:
-            self._metrics.snapshot_failures.labels("prepare").inc()
+            self._note_failure("prepare", error)
             log.warning("snapshot.unavailable", path=str(self._file.path), error=_reason(error))
             # A thread that ends would end the daemon.
             self._stop.wait()
@@ -196,11 +223,10 @@ class Keeper:
                 return None
             last = snapshot.parse(data, node=self._node, identity=self._identity)
         except (OSError, snapshot.Unusable) as error:
-            self._metrics.snapshot_failures.labels("load").inc()
+            self._note_failure("load", error)
             log.warning("snapshot.ignored", path=str(self._file.path), error=_reason(error))
             return None
-        self._metrics.snapshot_saved_timestamp.set(last.saved_at)
-        self._metrics.snapshot_bytes.set(len(data))
+        self._note_content(last.saved_at, len(data))
         return last
 
     def _save(self) -> None:
@@ -216,7 +242,7 @@ class Keeper:
         try:
             self._file.write(data)
         except (OSError, snapshot.Unusable) as error:
-            self._metrics.snapshot_failures.labels("save").inc()
+            self._note_failure("save", error)
             if not self._is_failing:
                 log.warning("snapshot.save_failed", path=str(self._file.path), error=_reason(error))
             self._is_failing = True
@@ -227,8 +253,19 @@ class Keeper:
             log.info("snapshot.save_recovered", path=str(self._file.path))
         self._is_failing = False
         self._written = digest
-        self._metrics.snapshot_saved_timestamp.set(now)
-        self._metrics.snapshot_bytes.set(len(data))
+        self._note_content(now, len(data))
+
+    def _note_content(self, saved_at: float, size_bytes: int) -> None:
+        self._metrics.snapshot_saved_timestamp.set(saved_at)
+        self._metrics.snapshot_bytes.set(size_bytes)
+        self.state = msgspec.structs.replace(
+            self.state, saved_at=saved_at, size_bytes=size_bytes, is_failing=False
+        )
+
+    def _note_failure(self, operation: Operation, error: OSError | ValueError) -> None:
+        self._metrics.snapshot_failures.labels(operation).inc()
+        failed = Failed(self._now(), operation, _reason(error))
+        self.state = msgspec.structs.replace(self.state, last_failure=failed, is_failing=True)
 
 
 def _reason(error: OSError | ValueError) -> str:

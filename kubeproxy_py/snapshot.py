@@ -29,6 +29,8 @@ from kubeproxy_py.model import (
 MAX_BYTES: Final = 64 << 20
 # Unpacked, which is what has to fit into memory: a damaged or hostile file must not fill it.
 _MAX_PLAIN: Final = 512 << 20
+# The year 5138: a moment that every reader of it can show as a date.
+_LATEST: Final = 1e11
 # Grows whenever an older program would misunderstand what is written.
 _FORMAT: Final = 1
 _MAGIC: Final = "kubeproxy-py state"
@@ -163,6 +165,8 @@ def _check_header(header: _Header, packed: bytes, *, node: str, identity: str) -
         raise Unusable("it is of another cluster or configuration")
     if header.size != len(packed) or header.sha256 != hashlib.sha256(packed).hexdigest():
         raise Unusable("it is damaged: size or checksum differ")
+    if not 0 <= header.saved_at < _LATEST:
+        raise Unusable(f"its time is {header.saved_at}")
 
 
 def _unpack(packed: bytes) -> bytes:

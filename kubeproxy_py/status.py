@@ -17,8 +17,10 @@ from kubeproxy_py import drift, failures
 from kubeproxy_py.conntrack import Outcome
 from kubeproxy_py.iptables.lock import LockWait
 from kubeproxy_py.iptables.runner import Programs
+from kubeproxy_py.keeper import FileState
 from kubeproxy_py.model import IPFamily, Node
 from kubeproxy_py.status_document import (
+    AuditStatus,
     ConntrackStatus,
     ContestedChains,
     DriftRepair,
@@ -28,6 +30,8 @@ from kubeproxy_py.status_document import (
     NodeStatus,
     QuarantinedService,
     State,
+    StateFileFailure,
+    StateFileStatus,
     Status,
     SyncStatus,
     WatchStatus,
@@ -42,6 +46,7 @@ _FAILING_IS_BAD_S: Final = 60.0
 _STALE_S: Final = 300.0
 # Many hosts do without, and few Services need them.
 _DISPENSABLE: Final = frozenset({"nfacct", "random-fully", "sctp"})
+_STATE_FILE_FAILURES: Final = {"prepare": "kept", "load": "used", "save": "written"}
 # Chains that one line of text has room for.
 _NAMED_CHAINS: Final = 5
 
@@ -56,6 +61,10 @@ class FamilyParts(msgspec.Struct, frozen=True, kw_only=True):
     contested: Callable[[], Sequence[drift.Contest]]
     lock_wait: Callable[[], LockWait | None]
     lock_waited_s: Callable[[], float]
+    #: Whether the rules come from the state file.
+    is_restored: Callable[[], bool]
+    #: How many Services the audit has compared, and how many of them differed.
+    audited: Callable[[], tuple[int, int]]
     #: What rules would need and this host does not have.
     missing_capabilities: tuple[str, ...]
 
@@ -105,6 +114,8 @@ class Gatherer:
         #: Both return sentences, each about one Service.
         self.refused_addresses: Callable[[], Sequence[str]] = tuple
         self.doubts: Callable[[], Sequence[str]] = tuple
+        #: Returns how it is with the state file, where there is one.
+        self.state_file: Callable[[], FileState | None] = _nobody
         self._lock = threading.Lock()
         # Replaced under the lock, as wholes: requests come on other threads.
         self._families: Mapping[IPFamily, FamilyParts] = {}
@@ -130,8 +141,12 @@ class Gatherer:
             for family, parts in sorted(self._families.items(), key=_by_name)
         )
         watches = tuple(watch_status(state(), now) for state in self._watches)
+        file = self.state_file()
+        state_file = None if file is None else state_file_status(file, families)
         unreadiness = self._unreadiness()
-        state, warnings = judge(unreadiness, node=node, families=families, watches=watches)
+        state, warnings = judge(
+            unreadiness, node=node, families=families, watches=watches, state_file=state_file
+        )
         return Status(
             now=_time(now),
             state=state,
@@ -149,6 +164,7 @@ class Gatherer:
             watches=watches,
             refused_addresses=tuple(self.refused_addresses()),
             doubts=tuple(self.doubts()),
+            state_file=state_file,
         )
 
     def failures(self) -> tuple[FailureStatus, ...]:
@@ -220,6 +236,25 @@ def family_status(
         else msgspec.structs.replace(_failure(family, failure), lines=()),
         missing_capabilities=parts.missing_capabilities,
         lock=_lock(parts),
+        is_restored=parts.is_restored(),
+        audit=_audit(*parts.audited()),
+    )
+
+
+def state_file_status(file: FileState, families: Iterable[FamilyStatus]) -> StateFileStatus:
+    """Return the state file's part of the document."""
+    failed = file.last_failure
+    return StateFileStatus(
+        path=file.path,
+        is_in_use=any(family.is_restored for family in families),
+        saved_at=None if file.saved_at is None else _time(file.saved_at),
+        size_bytes=file.size_bytes,
+        last_failure=None
+        if failed is None
+        else StateFileFailure(
+            at=_time(failed.at), operation=failed.operation, reason=failed.reason
+        ),
+        is_failing=file.is_failing,
     )
 
 
@@ -243,12 +278,17 @@ def judge(
     node: NodeStatus,
     families: Iterable[FamilyStatus],
     watches: Iterable[WatchStatus],
+    state_file: StateFileStatus | None = None,
 ) -> tuple[State, tuple[str, ...]]:
     """Return how it is, and what is wrong besides the reasons not to be ready."""
     warnings = [
         *(warning for family in families for warning in _family_warnings(family)),
         *(warning for watch in watches for warning in _watch_warnings(watch)),
     ]
+    if state_file is not None and state_file.is_failing and state_file.last_failure is not None:
+        failed = state_file.last_failure
+        how = _STATE_FILE_FAILURES[failed.operation]
+        warnings.append(f"the state file {state_file.path} cannot be {how}: {failed.reason}")
     if node.is_known and not node.is_eligible:
         warnings.append(
             f"Node {node.name} is being deleted or drained by the autoscaler: /healthz is 503"
@@ -342,6 +382,10 @@ def _lock(parts: FamilyParts) -> LockStatus:
         waiting_seconds=None if wait is None else round(wait.seconds, 3),
         holders=() if wait is None else tuple(map(str, wait.holders)),
     )
+
+
+def _audit(compared: int, differed: int) -> AuditStatus:
+    return AuditStatus(services_compared=compared, services_differed=differed)
 
 
 def _processes(culprits: Iterable[drift.Culprit]) -> tuple[str, ...]:

@@ -89,6 +89,13 @@ class LockStatus(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
     holders: tuple[str, ...] = ()
 
 
+class AuditStatus(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
+    """Services whose rules were compared with a build from nothing; any that differed is a bug."""
+
+    services_compared: int
+    services_differed: int
+
+
 class FamilyStatus(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
     """One IP family."""
 
@@ -111,6 +118,31 @@ class FamilyStatus(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
     last_failure: FailureStatus | None = None
     missing_capabilities: tuple[str, ...] = ()
     lock: LockStatus | None = None
+    #: The rules come from the state file.
+    is_restored: bool = False
+    audit: AuditStatus | None = None
+
+
+class StateFileFailure(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
+    """What the state file could not be used for, and why."""
+
+    at: Moment
+    operation: Literal["prepare", "load", "save"]
+    reason: str
+
+
+class StateFileStatus(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
+    """The file with the last good state, for a start without API server."""
+
+    path: str
+    #: Rules of some family come from it.
+    is_in_use: bool = False
+    #: When the state in it was current; None: not known yet, or not for us.
+    saved_at: Moment | None = None
+    size_bytes: int = 0
+    last_failure: StateFileFailure | None = None
+    #: It has not been written since.
+    is_failing: bool = False
 
 
 class WatchStatus(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
@@ -158,3 +190,5 @@ class Status(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
     refused_addresses: tuple[str, ...] = ()
     #: Node ports and addresses that are served, though they take what is somebody else's.
     doubts: tuple[str, ...] = ()
+    #: None: none is kept.
+    state_file: StateFileStatus | None = None

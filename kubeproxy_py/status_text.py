@@ -10,10 +10,12 @@ from datetime import datetime, timedelta
 from typing import Final
 
 from kubeproxy_py.status_document import (
+    AuditStatus,
     ConntrackStatus,
     DriftRepair,
     FailureStatus,
     FamilyStatus,
+    StateFileStatus,
     Status,
     SyncStatus,
     WatchStatus,
@@ -89,7 +91,23 @@ def _facts(status: Status) -> list[tuple[str, str]]:
         ("node", f"{node.name} ({known})"),
         ("source", status.source),
         ("rules", f"iptables-{status.backend or '?'}, dispatch {status.dispatch}"),
+        *_state_file(status.state_file, status.now),
     ]
+
+
+def _state_file(file: StateFileStatus | None, now: datetime) -> Iterator[tuple[str, str]]:
+    if file is None:
+        return
+    if file.saved_at is None:
+        text = f"{file.path}, nothing saved yet"
+    else:
+        what = "IN USE, state of" if file.is_in_use else "not in use, state of"
+        size = f"{file.size_bytes / 1024:.1f} KiB"
+        text = f"{file.path}, {what} {_age(now, file.saved_at)} ago, {size}"
+    if file.last_failure is not None:
+        failed = file.last_failure
+        text += f"; last failure ({failed.operation}) {_age(now, failed.at)} ago: {failed.reason}"
+    yield "state file", text
 
 
 def _troubles(family: FamilyStatus, now: datetime) -> Iterator[str]:
@@ -125,6 +143,8 @@ def _family_lines(family: FamilyStatus, now: datetime) -> list[str]:
     if family.lock is not None and family.lock.waited_seconds:
         waited = age_text(family.lock.waited_seconds)
         rows.append(("xtables lock", f"waited for it for {waited} since the start"))
+    if family.audit is not None and family.audit.services_compared:
+        rows.append(("audit", _audit_text(family.audit)))
     if family.last_failure is not None:
         rows.append(("last failure", f"{_age(now, family.last_failure.at)} ago (--last-failure)"))
     lines = [family.ip_family, *_columns(rows)]
@@ -175,6 +195,13 @@ def _conntrack_text(ran: ConntrackStatus | None, now: datetime) -> str:
     if ran.error:
         return f"failed {_age(now, ran.at)} ago: {ran.error}"
     return f"cleaned up {_age(now, ran.at)} ago, {ran.deleted} deleted, {ran.failed} refused"
+
+
+def _audit_text(audit: AuditStatus) -> str:
+    text = f"{_count(audit.services_compared, 'comparison')} with a build from nothing"
+    if not audit.services_differed:
+        return f"{text}, none differed"
+    return f"{text}, {audit.services_differed} differed: a bug, please report it"
 
 
 def _watch_row(watch: WatchStatus, now: datetime) -> tuple[str, str]:

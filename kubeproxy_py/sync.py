@@ -164,6 +164,9 @@ class Syncer:
         self._clock = clock
         self._wall_clock = wall_clock
         self._auditor = audit.Auditor(family, store, clock)
+        # From 0 on, or Prometheus takes the first mismatch for no increase.
+        metrics.audited_services.labels(family.value)
+        metrics.audit_mismatches.labels(family.value)
         # The audit has found rules that are not what they should be.
         self._is_doubtful = False
         # What the kernel has; None: unknown.
@@ -233,6 +236,11 @@ class Syncer:
         )
         self._is_doubtful = True
         return False
+
+    @property
+    def audited(self) -> tuple[int, int]:
+        """Return how many Services the audit has compared, and how many differed. From any thread."""
+        return self._auditor.compared, self._auditor.differed
 
     @property
     def retry_at(self) -> float:

@@ -64,6 +64,9 @@ def test_a_node_that_reboots_without_an_api_server_has_its_services(
     proxy.wait_synced()
     assert proxy.metric("kubeproxy_snapshot_in_use") == 2
     assert proxy.events("snapshot.offered")
+    told = json.loads(proxy.ask("--output=json").stdout)
+    assert told["stateFile"]["isInUse"]
+    assert [family["isRestored"] for family in told["families"]] == [True, True]
     status, body = proxy.get("/readyz", HEALTH_PORT)
     assert status == 503
     assert "from the state file of" in json.loads(body)["reasons"][0]

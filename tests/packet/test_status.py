@@ -68,7 +68,9 @@ def test_before_services_are_listed_it_says_what_is_missing(start, api):
         found = document(proxy)
 
     assert asked.returncode == 2
-    assert asked.stdout.startswith("node1: not ready\n  IPv4: not synced since the start\n")
+    assert asked.stdout.startswith(
+        "node1: not ready\n  programmed-IPv4: not synced since the start\n"
+    )
     assert found["families"][0]["lastSync"] is None
     assert [watch["kind"] for watch in found["watches"] if watch["error"]] == ["Service"]
 

@@ -72,7 +72,7 @@ def test_a_look_at_few_services_ends_when_all_were_seen(metrics):
     world.sync()
     auditor = audit.Auditor(V4, world.store, clock=lambda: 0.0)
     assert auditor.look(world.ruleset, ignored=()) == ()
-    assert auditor.compared == 3
+    assert (auditor.compared, auditor.differed) == (3, 0)
 
 
 def test_a_look_at_nothing_ends(metrics):
@@ -175,6 +175,10 @@ def test_what_is_wrong_is_found(world, fault, layout):
     assert look_at_all(world)
 
 
+def test_mismatches_count_from_zero_so_that_an_alert_sees_the_first(metrics):
+    assert World(metrics).value("audit_mismatches_total") == 0
+
+
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
 def test_what_is_wrong_is_told_and_built_anew(world, fault):
     fault(world)
@@ -189,6 +193,10 @@ def test_what_is_wrong_is_told_and_built_anew(world, fault):
     assert world.own() == desired(*some(100))
     assert world.value("audit_mismatches_total") >= 1
     assert world.value("audited_services_total") >= 1
+    assert world.syncer.audited == (
+        world.value("audited_services_total"),
+        world.value("audit_mismatches_total"),
+    )
     world.ruleset = world.syncer._ruleset
     assert look_at_all(world) == ()
 

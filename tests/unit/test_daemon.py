@@ -160,3 +160,9 @@ def test_systemd_is_not_told_that_all_is_well_while_a_thread_hangs(built):
     built._rest(0.0)
 
     assert notes.alive_count == 1
+
+
+def test_invalid_objects_count_from_zero_so_that_an_alert_sees_the_first(built):
+    sample = built._metrics.registry.get_sample_value
+
+    assert sample("kubeproxy_invalid_objects_total", {"kind": "EndpointSlice"}) is not None

@@ -112,6 +112,9 @@ def test_changes_are_written_and_what_did_not_change_is_not(metrics, path):
     assert path.stat().st_mode & 0o777 == 0o600
     assert kept.value("saved_timestamp_seconds") == 1000.0
     assert kept.value("bytes") == path.stat().st_size
+    assert kept.keeper.state == keeper.FileState(
+        str(path), saved_at=1000.0, size_bytes=path.stat().st_size
+    )
     assert [file.name for file in path.parent.iterdir()] == ["state"]
 
 
@@ -133,6 +136,7 @@ def test_the_state_is_offered_when_nothing_was_listed_in_time(metrics, prepared)
     assert changes.is_restored
     assert kept.store.node == NODE
     assert kept.nodes == [NODE]
+    assert kept.keeper.state.saved_at == 900.0
     (entry,) = [entry for entry in logs if entry["event"] == "snapshot.offered"]
     assert entry["age_s"] == 100.0
     assert entry["services"] == {"IPv4": 1}
@@ -165,6 +169,10 @@ def test_a_file_that_is_not_ours_is_told_counted_ignored_and_replaced(metrics, p
         until(lambda: kept.names() == {"web"})
 
     assert [entry["event"] for entry in logs] == ["snapshot.ignored"]
+    assert (kept.keeper.state.last_failure.operation, kept.keeper.state.saved_at) == (
+        "load",
+        1000.0,
+    )
     assert kept.store.restored_at is None
 
 
@@ -210,9 +218,13 @@ def test_a_disk_that_is_full_is_told_once_and_the_old_file_stays(metrics, prepar
         kept.listed(*ITEMS)
         until(lambda: kept.value("failures_total", operation="save") > 2)
         assert kept.names() == {"old"}
+        failing = kept.keeper.state
         is_full.clear()
-        until(lambda: kept.names() == {"web"})
+        until(lambda: kept.keeper.state.saved_at == 1000.0)
+        assert kept.names() == {"web"}
 
+    assert failing.last_failure == keeper.Failed(1000.0, "save", os.strerror(errno.ENOSPC))
+    assert (failing.is_failing, kept.keeper.state.is_failing) == (True, False)
     events = [entry["event"] for entry in logs if entry["event"] != "snapshot.offered"]
     assert events == ["snapshot.save_failed", "snapshot.save_recovered"]
 
@@ -258,6 +270,7 @@ def test_a_directory_that_cannot_be_made_switches_it_off(metrics, tmp_path):
         kept.listed(*ITEMS)
         until(lambda: kept.value("failures_total", operation="prepare") == 1)
         assert kept.thread.is_alive()
+        assert kept.keeper.state.is_failing
 
     assert [(entry["event"], entry["log_level"]) for entry in logs] == [
         ("snapshot.unavailable", "warning")

@@ -121,6 +121,8 @@ def test_identity_tells_clusters_and_settings_apart():
         (with_header(node="node2"), "of node 'node2'"),
         (with_header(identity="x"), "another cluster or configuration"),
         (with_header(size=1), "damaged"),
+        (with_header(saved_at=-1), "time is -1"),
+        (with_header(saved_at=1e300), "time is 1e"),
         (written()[:-1], "damaged"),
         (written() + b"x", "damaged"),
     ],

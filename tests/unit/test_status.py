@@ -10,13 +10,17 @@ from kubeproxy_py import conntrack, drift, failures, status
 from kubeproxy_py.dispatch import ChainId
 from kubeproxy_py.iptables.lock import Holder, LockWait
 from kubeproxy_py.iptables.runner import Programs
+from kubeproxy_py.keeper import Failed, FileState
 from kubeproxy_py.model import IPFamily, Node, ServiceName
 from kubeproxy_py.status_document import (
+    AuditStatus,
     ConntrackStatus,
     ContestedChains,
     FamilyStatus,
     LockStatus,
     NodeStatus,
+    StateFileFailure,
+    StateFileStatus,
     Status,
     WatchStatus,
 )
@@ -79,7 +83,15 @@ def gatherer(**fields):
     )
 
 
-def parts(history=History(), programmed=None, failure=None, contests=(), wait=None):  # noqa: B008 - immutable
+def parts(
+    history=History(),  # noqa: B008 - immutable
+    programmed=None,
+    failure=None,
+    contests=(),
+    wait=None,
+    *,
+    is_restored=False,
+):
     return status.FamilyParts(
         programs=PROGRAMS,
         history=lambda: history,
@@ -89,6 +101,8 @@ def parts(history=History(), programmed=None, failure=None, contests=(), wait=No
         lock_wait=lambda: wait,
         lock_waited_s=lambda: 1.5,
         missing_capabilities=("nfacct",),
+        is_restored=lambda: is_restored,
+        audited=lambda: (40, 1),
     )
 
 
@@ -124,6 +138,7 @@ def test_a_family_that_has_not_synced_has_programs_and_nothing_else():
         program_version="1.8.9",
         missing_capabilities=("nfacct",),
         lock=LockStatus(waited_seconds=1.5),
+        audit=AuditStatus(services_compared=40, services_differed=1),
     )
 
 
@@ -182,6 +197,36 @@ def test_the_last_clean_up_of_connections_is_told(ended, told):
     assert {name: getattr(found.conntrack, name) for name in told} == told
 
 
+def test_where_no_state_file_is_kept_none_is_told():
+    assert gatherer().status().state_file is None
+
+
+@pytest.mark.parametrize("is_restored", [False, True])
+def test_the_state_file_is_in_use_while_a_familys_rules_come_from_it(is_restored):
+    gathering = gatherer()
+    gathering.add_family(V4, parts(is_restored=is_restored))
+    gathering.add_family(IPFamily.V6, parts())
+    gathering.state_file = lambda: FileState("/state", saved_at=NOW - 90, size_bytes=7)
+    found = gathering.status()
+
+    assert found.state_file == StateFileStatus(
+        path="/state", is_in_use=is_restored, saved_at=status._time(NOW - 90), size_bytes=7
+    )
+    assert [family.is_restored for family in found.families] == [is_restored, False]
+
+
+def test_the_last_failure_of_the_state_file_is_told():
+    gathering = gatherer()
+    failed = Failed(NOW - 3, "save", "No space left on device")
+    gathering.state_file = lambda: FileState("/state", last_failure=failed, is_failing=True)
+    found = gathering.status()
+
+    assert found.state_file.last_failure == StateFileFailure(
+        at=status._time(NOW - 3), operation="save", reason="No space left on device"
+    )
+    assert found.state == "degraded"
+
+
 def test_the_input_of_a_failure_is_told_only_where_it_is_asked_for():
     failure = failures.Failure(
         at=NOW, message="line 3 failed", table="nat", refused=(3,), lines=("-A X",), total_lines=9
@@ -215,8 +260,10 @@ def test_a_watch_that_is_silent_for_minutes_is_stale(fields, is_stale):
 NODE = NodeStatus(name="node1", is_known=True, is_eligible=True)
 
 
-def judge(reasons=(), node=NODE, families=(), watches=()):
-    return status.judge(reasons, node=node, families=families, watches=watches)
+def judge(reasons=(), node=NODE, families=(), watches=(), state_file=None):
+    return status.judge(
+        reasons, node=node, families=families, watches=watches, state_file=state_file
+    )
 
 
 def test_nothing_wrong_is_ready():
@@ -241,6 +288,13 @@ def watch(**fields):
 
 
 MOMENT = status._time(NOW)
+
+
+def state_file(operation, *, is_failing=True):
+    failed = StateFileFailure(at=MOMENT, operation=operation, reason="EIO")
+    return StateFileStatus(path="/state", last_failure=failed, is_failing=is_failing)
+
+
 DEGRADED = [
     ({"families": [FamilyStatus(ip_family="IPv4", error="boom")]}, "last sync failed: boom"),
     (
@@ -301,6 +355,9 @@ DEGRADED = [
         "who has it: nobody that can be seen from here",
     ),
     ({"watches": [watch(failing_seconds=60.0, error="refused")]}, "cannot be read"),
+    ({"state_file": state_file("prepare")}, "the state file /state cannot be kept: EIO"),
+    ({"state_file": state_file("load")}, "cannot be used: EIO"),
+    ({"state_file": state_file("save")}, "cannot be written: EIO"),
     ({"watches": [watch(is_stale=True)]}, "silent for more than 300 s"),
     ({"node": msgspec.structs.replace(NODE, is_eligible=False)}, "/healthz is 503"),
 ]
@@ -319,6 +376,7 @@ def test_what_works_but_not_as_it_should_is_degraded(what, told):
     [
         {"watches": [watch(failing_seconds=59.0, error="refused")]},
         {"node": NodeStatus(name="node1")},
+        {"state_file": state_file("save", is_failing=False)},
         {
             "families": [
                 FamilyStatus(

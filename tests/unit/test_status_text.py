@@ -7,6 +7,7 @@ import pytest
 
 from kubeproxy_py import status_text
 from kubeproxy_py.status_document import (
+    AuditStatus,
     ConntrackStatus,
     DriftRepair,
     FailureStatus,
@@ -14,6 +15,8 @@ from kubeproxy_py.status_document import (
     LockStatus,
     NodeStatus,
     QuarantinedService,
+    StateFileFailure,
+    StateFileStatus,
     Status,
     SyncStatus,
     WatchStatus,
@@ -198,6 +201,50 @@ def test_the_layout_names_the_trees():
 )
 def test_the_clean_up_of_connections_is_told(ran, told):
     assert row(family_text(conntrack=ran), "conntrack") == told
+
+
+@pytest.mark.parametrize(
+    ("fields", "told"),
+    [
+        ({}, "/state, nothing saved yet"),
+        (
+            {"saved_at": ago(200), "size_bytes": 1536},
+            "/state, not in use, state of 3 min ago, 1.5 KiB",
+        ),
+        (
+            {"saved_at": ago(200), "is_in_use": True},
+            "/state, IN USE, state of 3 min ago, 0.0 KiB",
+        ),
+        (
+            {"last_failure": StateFileFailure(at=ago(5), operation="save", reason="EIO")},
+            "/state, nothing saved yet; last failure (save) 5 s ago: EIO",
+        ),
+    ],
+)
+def test_the_state_file_is_told_in_a_line(fields, told):
+    assert row(text(state_file=StateFileStatus(path="/state", **fields)), "state file") == told
+
+
+def test_without_a_state_file_nothing_is_said_of_one():
+    assert "state file" not in text()
+
+
+@pytest.mark.parametrize(
+    ("compared", "differed", "told"),
+    [
+        (1, 0, "1 comparison with a build from nothing, none differed"),
+        (9, 2, "9 comparisons with a build from nothing, 2 differed: a bug, please report it"),
+    ],
+)
+def test_what_the_audit_found_is_told(compared, differed, told):
+    audit = AuditStatus(services_compared=compared, services_differed=differed)
+
+    assert row(family_text(audit=audit), "audit") == told
+
+
+def test_before_the_audit_has_compared_anything_it_is_left_out():
+    assert "audit" not in text()
+    assert "audit" not in family_text(audit=AuditStatus(services_compared=0, services_differed=0))
 
 
 def quarantined(name):
