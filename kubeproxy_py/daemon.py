@@ -265,6 +265,7 @@ class Daemon:
                 *self._settings.external_ips_allow,
             ),
             stop=self._stop,
+            release_memory=host.release_memory,
         )
         self._gatherer.state_file = lambda: kept.state
         self._spawn("snapshot", kept.run)

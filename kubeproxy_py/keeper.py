@@ -124,6 +124,7 @@ class Keeper:
         node: str,
         identity: str,
         stop: threading.Event,
+        release_memory: Callable[[], None] = lambda: None,
         grace_s: float = _GRACE_S,
         listing_s: float = _LISTING_S,
         settle_s: float = _SETTLE_S,
@@ -140,6 +141,7 @@ class Keeper:
             node: name of this node; a file of another one is not used.
             identity: of ``snapshot.identity``; a file with another one is not used.
             stop: ends ``run``.
+            release_memory: called after each save, which takes megabytes for a moment.
             grace_s: how long the API server has before the file's state is offered.
             listing_s: how long it has besides, if it has told of the Node by then.
             settle_s: how long after a change it is written, so that its siblings are in it.
@@ -153,6 +155,7 @@ class Keeper:
         self._node = node
         self._identity = identity
         self._stop = stop
+        self._release_memory = release_memory
         self._grace_s = grace_s
         self._listing_s = listing_s
         self._settle_s = settle_s
@@ -194,6 +197,7 @@ class Keeper:
             # Before the state is read: what changes from here on is in the next.
             self._changed.clear()
             self._save()
+            self._release_memory()
             self._stop.wait(self._interval_s)
 
     def _offer(self) -> None:
