@@ -409,12 +409,13 @@ class Syncer:
                 self.last_failure = failures.of(error, self._wall_clock())
                 # Who has not looked may have been refused because of what others did meanwhile: a
                 # chain that is gone, say. No Service is to blame for that.
+                # Tables that stood before the refused one in the input may have been changed. Before
+                # anything else: finding out who is to blame writes as well, and may end anywhere.
+                self._live = None
                 if has_looked:
                     if not self._set_aside(error):
                         raise
                     self._is_auditing = False
-                # Tables that stood before the refused one in the input may have been changed.
-                self._live = None
         return self._write(names, started)
 
     def _set_aside(self, error: BatchRejected) -> bool:
@@ -449,24 +450,40 @@ class Syncer:
         return self._ruleset.owner(chain, rule)
 
     def _find_refused(self, batch: str) -> set[ServiceName]:
-        """Find out whose rules are refused where no line is named: each Service for itself."""
+        """Find out whose rules are refused where no line is named, by halves."""
         declared = {line[1:].split(" ")[0] for line in batch.splitlines() if line[:1] == ":"}
+        if self._is_refused([]):
+            # The kernel refuses whatever it is given, for lack of memory say: no Service is to blame.
+            return set()
         refused: set[ServiceName] = set()
-        for group in self._ruleset.groups():
-            if declared.isdisjoint(group):
+        # Legacy never names a line that the kernel refuses, and exchanges a whole table for each trial:
+        # each Service for itself would be an hour's work at 10,000 of them.
+        waiting = [[group for group in self._ruleset.groups() if not declared.isdisjoint(group)]]
+        while waiting:
+            tried = waiting.pop()
+            if not tried or not self._is_refused(tried):
                 continue
-            # All that a Service's own chains jump to besides each other is the masquerade mark.
-            wanted = self._ruleset.tables[rules.NAT]
-            trial = plan.Section(
-                rules.NAT, {chain: wanted[chain] for chain in (rules.MARK_MASQ, *group)}
-            )
-            try:
-                self._kernel.restore(plan.Batch((trial,)).render())
-            except BatchRejected:
-                owner = self._ruleset.owner(group[0], "")
-                if owner is not None:
-                    refused.add(owner)
+            if len(tried) > 1:
+                middle = len(tried) // 2
+                waiting += [tried[middle:], tried[:middle]]
+                continue
+            owner = self._ruleset.owner(tried[0][0], "")
+            if owner is not None:
+                refused.add(owner)
         return refused
+
+    def _is_refused(self, groups: Collection[tuple[str, ...]]) -> bool:
+        """Tell whether the kernel refuses the chains of these Services, given nothing besides."""
+        # All that a Service's own chains jump to besides each other is the masquerade mark.
+        wanted = self._ruleset.tables[rules.NAT]
+        names = (rules.MARK_MASQ, *(chain for group in groups for chain in group))
+        trial = plan.Section(rules.NAT, {chain: wanted[chain] for chain in names})
+        self._effects.beat()
+        try:
+            self._kernel.restore(plan.Batch((trial,)).render())
+        except BatchRejected:
+            return True
+        return False
 
     def _write(self, names: Collection[ServiceName] | None, started: float) -> SyncResult:
         self._asked_for |= self._ruleset.take_touched()

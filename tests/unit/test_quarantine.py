@@ -3,7 +3,7 @@
 import pytest
 from structlog.testing import capture_logs
 
-from kubeproxy_py.errors import BatchRejected
+from kubeproxy_py.errors import BatchRejected, LockTimeout
 from kubeproxy_py.model import ServiceName
 from kubeproxy_py.quarantine import Quarantine
 from tests.support.builders import make_node, make_service, make_slice
@@ -203,3 +203,67 @@ def test_who_asks_is_told_which_service_why_since_when_and_what_was_refused(worl
     assert (case.service, case.since, case.retry_at, case.attempts) == (BAD, 100.0, 130.0, 1)
     assert world.syncer.last_failure.message.startswith("cannot restore rules")
     assert any("10.180.66.6" in line for line in world.syncer.last_failure.lines)
+
+
+# Where no line is named --------------------------------------------------------------------------
+
+
+@pytest.fixture
+def mute(metrics):
+    """Give a world whose kernel refuses as legacy does: without saying what."""
+    world = World(metrics)
+    world.kernel.names_lines = False
+    world.kernel.refuses = lambda line: "--to-destination 10.180.66.6" in line
+    return world
+
+
+def many(number):
+    return [
+        item
+        for n in range(number)
+        for item in (
+            make_service(f"many{n:03}", cluster_ip=f"172.30.2.{n + 1}"),
+            make_slice(f"many{n:03}"),
+        )
+    ]
+
+
+def test_one_of_many_is_found_in_few_trials_of_which_each_is_a_sign_of_life(mute):
+    mute.listed(make_node(), *many(128), BAD_SERVICE, bad())
+    mute.sync()
+
+    assert mute.syncer.quarantined == (BAD,)
+    assert len(mute.kernel.restored) < 25
+    assert mute.beats == len(mute.kernel.restored)
+
+
+def test_a_kernel_that_refuses_everything_blames_nobody(mute):
+    mute.kernel.refuses = lambda line: line == "COMMIT"
+    mute.listed(make_node(), *many(20))
+
+    with pytest.raises(BatchRejected):
+        mute.sync()
+    assert mute.syncer.quarantined == ()
+    assert len(mute.kernel.restored) < 5
+
+
+def test_what_trials_wrote_before_the_lock_was_taken_is_not_forgotten(mute):
+    mute.listed(make_node(), *GOOD)
+    mute.sync()
+    changed = [make_slice(f"good{number}", endpoints=["10.180.3.9"]) for number in (1, 2, 3)]
+    mute.put(BAD_SERVICE, bad(), *changed)
+
+    def be_locked_later(text):
+        # What goes to the new endpoint is tried, Service by Service or in halves, and accepted.
+        if "10.180.3.9" in text and "10.180.66.6" not in text:
+            mute.kernel.before_restore = lambda _: mute.kernel.fail_restore(LockTimeout("held"))
+
+    mute.kernel.before_restore = be_locked_later
+    with pytest.raises(LockTimeout):
+        mute.sync()
+    mute.kernel.before_restore = None
+    mute.store.delete("Service", "default", "bad")
+    mute.put(*GOOD)
+    mute.sync()
+
+    assert mute.own() == desired(*GOOD)
