@@ -21,6 +21,8 @@ from kubeproxy_py.model import IPFamily
 
 log = structlog.get_logger()
 
+# Once for all: each CDLL is a class of its own, which only a look for cycles frees again.
+_LIBC = ctypes.CDLL(None)
 # From glibc's malloc.h.
 _M_ARENA_MAX = -8
 # Python looks for cycles whenever there are 700 objects more, in a first sync hundreds of times over
@@ -139,7 +141,7 @@ def tune_interpreter() -> None:
     """
     # glibc gives each thread an arena of its own, so that they do not wait for each other; each keeps
     # what it once had (3 MiB). Only one thread runs Python at a time, so nothing waits for one.
-    choose = getattr(ctypes.CDLL(None), "mallopt", None)
+    choose = getattr(_LIBC, "mallopt", None)
     if choose is not None:
         choose(_M_ARENA_MAX, 1)
     gc.set_threshold(*_GC_THRESHOLDS)
@@ -152,6 +154,6 @@ def release_memory() -> None:
     Reading 100,000 rules takes tens of megabytes for a moment. glibc would keep them for the rest
     of the process's life, next to something small that was allocated behind them.
     """
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    trim = getattr(_LIBC, "malloc_trim", None)
     if trim is not None:
         trim(0)

@@ -149,6 +149,9 @@ _ERROR: Final = b"ERROR\0"
 _TARGET_BYTES: Final = 32
 _NAME_BYTES: Final = 30
 
+# Once for all: each CDLL is a class of its own, which only a look for cycles frees again.
+_LIBC: Final = ctypes.CDLL(None, use_errno=True)
+
 # As long as a restore of ours would wait, which often is what comes next.
 _LOCK_WAIT_S: Final = 5.0
 _LOCK_PAUSE_S: Final = 0.01
@@ -209,7 +212,6 @@ def _locked(path: Path, pause: Callable[[float], object]) -> Iterator[None]:
 
 
 def _read_entries(family: IPFamily, table: str) -> bytes | bytearray:
-    libc = ctypes.CDLL(None, use_errno=True)
     with socket.socket(_AF[family], socket.SOCK_RAW, socket.IPPROTO_RAW) as sock:
         for _ in range(_ATTEMPTS):
             info = infos.read_infos(family).get(table)
@@ -219,11 +221,11 @@ def _read_entries(family: IPFamily, table: str) -> bytes | bytearray:
             blob = bytearray(_GET_ENTRIES.size + size)
             _GET_ENTRIES.pack_into(blob, 0, table.encode(), size)
             length = ctypes.c_uint32(len(blob))
-            if not libc.getsockopt(
+            if not _LIBC.getsockopt(
                 sock.fileno(),
                 _LEVEL[family],
                 _SO_GET_ENTRIES,
-                (ctypes.c_char * len(blob)).from_buffer(blob),
+                ctypes.byref(ctypes.c_char.from_buffer(blob)),
                 ctypes.byref(length),
             ):
                 return blob

@@ -40,6 +40,11 @@ _NAMES: Final = {
 }
 _TABLES: Final = (rules.NAT, rules.FILTER, rules.MANGLE)
 
+# Once for all: each CDLL, and each array type of ctypes, is a class of its own, which only a look for
+# cycles frees again. One a second and family took 4 MiB in ten minutes.
+_LIBC: Final = ctypes.CDLL(None, use_errno=True)
+_InfoBuffer: Final = ctypes.c_char * _INFO.size
+
 # linux/fanotify.h; only this of the kernel's ways to watch files says which process it was.
 _FAN_CLOEXEC: Final = 0x1
 _FAN_NONBLOCK: Final = 0x2
@@ -71,14 +76,13 @@ def read_infos(family: IPFamily) -> Infos:
         names = _NAMES[family].read_text().split()
     except OSError:
         return {}
-    libc = ctypes.CDLL(None, use_errno=True)
     infos: Infos = {}
     with socket.socket(_AF[family], socket.SOCK_RAW, socket.IPPROTO_RAW) as sock:
         # Asking for a table that does not exist would create it.
         for table in (name for name in _TABLES if name in names):
-            buffer = ctypes.create_string_buffer(_INFO.pack(table.encode(), *[0] * 13), _INFO.size)
+            buffer = _InfoBuffer.from_buffer_copy(_INFO.pack(table.encode(), *[0] * 13))
             size = ctypes.c_uint32(_INFO.size)
-            if not libc.getsockopt(
+            if not _LIBC.getsockopt(
                 sock.fileno(), _LEVEL[family], _SO_GET_INFO, buffer, ctypes.byref(size)
             ):
                 infos[table] = buffer.raw
@@ -232,8 +236,7 @@ class LockUsers:
         self._path = path
         self._proc = proc
         self._names: dict[int, str] = {}
-        self._libc = ctypes.CDLL(None, use_errno=True)
-        self._fd: int = self._libc.fanotify_init(_FAN_CLOEXEC | _FAN_NONBLOCK, os.O_RDONLY)
+        self._fd: int = _LIBC.fanotify_init(_FAN_CLOEXEC | _FAN_NONBLOCK, os.O_RDONLY)
         if self._fd < 0:
             number = ctypes.get_errno()
             raise OSError(number, f"cannot watch the xtables lock: {os.strerror(number)}")
@@ -265,7 +268,7 @@ class LockUsers:
         os.close(self._fd)
 
     def _mark(self) -> None:
-        self._libc.fanotify_mark(
+        _LIBC.fanotify_mark(
             self._fd,
             _FAN_MARK_ADD,
             ctypes.c_uint64(_FAN_OPEN | _FAN_CLOSE),

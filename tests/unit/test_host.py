@@ -99,3 +99,12 @@ def test_cycles_are_looked_for_seldom_and_threads_wait_for_each_other_shortly():
     finally:
         gc.set_threshold(*before[0])
         sys.setswitchinterval(before[1])
+
+
+def test_giving_memory_back_leaves_nothing_for_a_look_for_cycles():
+    host.release_memory()
+    gc.collect()
+    for _ in range(3):
+        host.release_memory()
+
+    assert gc.collect() == 0
