@@ -112,8 +112,10 @@ class Lookout:
             # Told again at the next look, a minute later; nothing depends on it.
             log.warning("lookout.failed", error=str(error))
             return
+        # A set: where load balancers hand out this node's address, there is one for each Service.
+        known = frozenset(self.notices)
         for notice in found:
-            if notice not in self.notices:
+            if notice not in known:
                 self._tell(notice)
         self.notices = found
 
