@@ -1,7 +1,9 @@
 """Logging: one line per event on stderr, as JSON or for people. Configured once, by the shell."""
 
+import contextlib
+import io
 import sys
-from typing import Literal
+from typing import Literal, TextIO, cast
 
 import structlog
 from structlog.typing import EventDict, Processor, WrappedLogger
@@ -11,6 +13,25 @@ _DEBUG_FROM_VERBOSITY = 4
 
 
 _verbosity = 0
+
+
+class _Unfailing(io.TextIOBase):
+    """Writes to *stream* what it takes. What it does not, as with a reader that is gone, is lost.
+
+    The rules are right without a log; an exception would end the thread that only wanted to say so.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError):
+            self._stream.flush()
 
 
 def configure(*, fmt: Literal["text", "json"] = "text", verbosity: int = 0) -> None:
@@ -30,7 +51,7 @@ def configure(*, fmt: Literal["text", "json"] = "text", verbosity: int = 0) -> N
             structlog.processors.format_exc_info,
             renderer,
         ],
-        logger_factory=structlog.PrintLoggerFactory(file=sys.stderr),
+        logger_factory=structlog.PrintLoggerFactory(file=cast("TextIO", _Unfailing(sys.stderr))),
         cache_logger_on_first_use=False,
     )
 

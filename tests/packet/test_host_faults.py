@@ -231,3 +231,24 @@ def test_a_black_hole_on_the_way_to_the_api_server_is_noticed_and_left(clean_lab
         connection.close()
         thread.join(DEADLINE_S)
     assert not thread.is_alive()
+
+
+def test_a_log_that_nobody_reads_any_more_costs_nothing_but_the_log(
+    clean_lab, backend, api, tmp_path, servers
+):
+    client, near, far = clean_lab.local_pods[0], clean_lab.local_pods[1], clean_lab.remote_pods[0]
+    fifo = tmp_path / "log"
+    os.mkfifo(fifo)
+    reader = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
+    kubeconfig = api.kubeconfig(tmp_path / "kubeconfig")
+    api.apply_many(web(1, near))
+    with running(clean_lab, backend, fifo, f"--kubeconfig={kubeconfig}", "--v=0") as proxy:
+        wait_until(lambda: answers(client, 1) == addresses(near), timeout_s=DEADLINE_S)
+        # As when journald is killed: whoever writes is told EPIPE.
+        os.close(reader)
+        for pod in (far, near, far):
+            api.apply_many(web(1, pod))
+            wait_until(lambda pod=pod: answers(client, 1) == addresses(pod), timeout_s=DEADLINE_S)
+
+        assert proxy.get("/readyz", HEALTH_PORT)[0] == 200
+        assert proxy.end(signal.SIGTERM) == 0

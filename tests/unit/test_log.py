@@ -1,6 +1,8 @@
 """Logging as operators see it."""
 
 import json
+import sys
+from pathlib import Path
 
 import pytest
 import structlog
@@ -91,3 +93,13 @@ def test_a_name_that_is_no_utf8_does_not_break_the_log(capsys):
     structlog.get_logger().info("event", path="/etc/\udcff")
 
     assert json.loads(lines(capsys)[0])["path"] == "/etc/\udcff"
+
+
+def test_a_log_that_takes_nothing_raises_nothing(monkeypatch):
+    full = Path("/dev/full").open("w", buffering=1)  # noqa: SIM115 - closing it fails as well
+    monkeypatch.setattr(sys, "stderr", full)
+    log.configure()
+    structlog.get_logger().error("sync.failed")
+
+    with pytest.raises(OSError, match="No space left"):
+        full.close()
