@@ -192,9 +192,7 @@ class Store:
                 return False
             self._restored = last
             families = tuple(self._families)
-            is_node_known = "Node" in self._listed
-        if not is_node_known:
-            self._upsert_node(last.state.node)
+        self._upsert_node(last.state.node, is_restored=True)
         self._notify(families)
         return True
 
@@ -307,9 +305,12 @@ class Store:
         if new is not None and new.trigger_time is not None and new.trigger_time > self._started:
             half.triggers.setdefault(service, []).append(new.trigger_time)
 
-    def _upsert_node(self, node: Node) -> None:
+    def _upsert_node(self, node: Node, *, is_restored: bool = False) -> None:
         with self._lock:
-            if node == self._node:
+            # What the API server has told is newer than any file, even that there is none, and also
+            # while it has not told everything.
+            is_told = self._node is not None or "Node" in self._listed
+            if node == self._node or (is_restored and is_told):
                 return
             self._node = node
             families: tuple[IPFamily, ...] = ()

@@ -486,9 +486,12 @@ def test_a_state_that_comes_after_the_lists_is_refused(world):
     assert world.store.restored_at is None
 
 
-def test_a_node_that_was_listed_is_not_replaced_by_an_older_one(metrics):
+@pytest.mark.parametrize("is_complete", [True, False], ids=["listed", "being listed"])
+def test_a_node_that_was_listed_is_not_replaced_by_an_older_one(metrics, is_complete):
     world = World(metrics)
-    world.listed("Node", make_node("node1", zone="zone-b"))
+    world.put(make_node("node1", zone="zone-b"))
+    if is_complete:
+        world.store.listed("Node")
     world.store.restore(last_state(make_service(), zone="zone-a"))
 
     assert world.store.node.zone == "zone-b"
@@ -634,3 +637,11 @@ def test_services_are_chosen_by_the_labels_they_have_now(metrics):
     world.remove(make_service())
 
     assert world.store.selected() == set()
+
+
+def test_a_node_that_is_not_there_any_more_is_not_brought_back_by_a_file(metrics):
+    world = World(metrics)
+    world.listed("Node")
+    world.store.restore(last_state(make_service()))
+
+    assert world.store.node is None
