@@ -20,7 +20,14 @@ class Echoes:
         self._read: dict[ChainId, tuple[str, ...]] = {}
 
     def learn(self, live: chains.Tables, desired: chains.Tables) -> None:
-        """Remember what differs in *live*, read just after *desired* was written."""
+        """Remember what differs in *live*, read just after *desired* was written; forget the rest.
+
+        *desired* is everything: a chain that is not wanted any more has no spelling, or those of all
+        Services that ever were would be remembered.
+        """
+        gone = [name for name in self._read if name.chain not in desired.get(name.table, {})]
+        for name in gone:
+            del self._read[name], self._written[name]
         for table, wanted in desired.items():
             for chain, texts in wanted.items():
                 found = live.get(table, {}).get(chain)

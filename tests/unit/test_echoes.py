@@ -172,3 +172,10 @@ def test_a_change_of_ours_is_written_and_then_silence_is_found_again(world):
     assert own(world.kernel.tables) == desired(
         make_service(), make_slice(endpoints=["10.180.1.12"])
     )
+
+
+def test_a_chain_that_is_gone_is_forgotten():
+    echoes = learned(PRINTED)
+    echoes.learn({}, {})
+
+    assert undone(echoes, PRINTED) == PRINTED
