@@ -146,6 +146,11 @@ class ProxyHealth:
             self._unsynced.discard(family)
             self._is_expecting = True
 
+    def excused(self, family: IPFamily) -> None:
+        """Note that what was queued cannot be synced yet, and will be queued again when it can."""
+        with self._lock:
+            self._pending_since.pop(family, None)
+
     def set_node(self, *, eligible: bool) -> None:
         """Note whether the Node may get traffic: neither being deleted nor about to be."""
         with self._lock:

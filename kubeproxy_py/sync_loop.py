@@ -39,6 +39,7 @@ class Health(Protocol):
     def started(self, family: IPFamily) -> None: ...
     def queued(self, family: IPFamily) -> None: ...
     def updated(self, family: IPFamily) -> None: ...
+    def excused(self, family: IPFamily) -> None: ...
 
 
 class Done(msgspec.Struct, frozen=True):
@@ -228,7 +229,10 @@ class SyncLoop:
         self._has_repaired = False
         try:
             result = self._syncer.sync()
-            if result is not None:
+            if result is None:
+                # Before everything was listed; the lists nudge. No restart would bring them sooner.
+                self._health.excused(self._family)
+            else:
                 self._has_repaired = bool(result.repairs)
                 self.history = self.history.with_done(Done(self._wall_clock(), result))
                 self._health.updated(self._family)

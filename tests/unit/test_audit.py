@@ -263,7 +263,7 @@ class NoHealth:
     def started(self, family):
         pass
 
-    queued = updated = started
+    queued = updated = excused = started
 
 
 def test_the_loop_audits_when_it_has_nothing_to_do_and_asks_for_a_sync_if_need_be(world):

@@ -10,6 +10,7 @@ from structlog.testing import capture_logs
 
 from kubeproxy_py import conntrack, rules, sync_loop
 from kubeproxy_py.errors import BatchRejected, IptablesError, LockTimeout
+from kubeproxy_py.health import ProxyHealth
 from kubeproxy_py.iptables import chains
 from kubeproxy_py.metrics import Metrics
 from kubeproxy_py.model import ServiceName
@@ -519,6 +520,9 @@ class Health:
     def updated(self, family):
         self._tell("updated")
 
+    def excused(self, family):
+        self._tell("excused")
+
     def wait_for(self, *wanted):
         with self.changed:
             assert self.changed.wait_for(lambda: self.told == list(wanted), timeout=10), self.told
@@ -581,7 +585,7 @@ def test_sync_before_everything_was_listed_is_no_update(metrics, health):
     )
 
     assert loop._sync() == "ok"
-    assert health.told == []
+    assert health.told == ["excused"]
 
 
 def test_audit_comes_unasked_and_reads_the_kernel(world, health):
@@ -726,3 +730,22 @@ def test_the_loop_tells_how_the_last_attempt_ended(world, metrics):
     world.kernel.fail_no_more()
     loop._sync()
     assert (loop.history.error, loop.history.last.at) == (None, 50.0)
+
+
+def test_what_cannot_be_synced_yet_makes_no_proxy_unhealthy(metrics):
+    # Without an API server, at the start: a change of addresses, say, nudges, and there is nothing to
+    # write. A restart would not help, and lists that come nudge again.
+    now = [0.0]
+    proxy = ProxyHealth(30.0, clock=lambda: now[0])
+    world = World(metrics)
+    pacer = Pacer(retry_s=1, audit_s=3600)
+    loop = SyncLoop(V4, world.syncer, pacer, health=proxy, metrics=metrics, clock=lambda: now[0])
+    proxy.expect([V4])
+    proxy.started(V4)
+    loop.nudge()
+    assert loop._sync() == "ok"
+    now[0] = 3600.0
+
+    assert proxy.verdict().is_healthy
+    assert set(proxy.liveness().values()) == {None}
+    assert proxy.unreadiness() == ["programmed-IPv4: not synced since the start"]
