@@ -457,7 +457,7 @@ class Syncer:
             return set()
         refused: set[ServiceName] = set()
         # Legacy never names a line that the kernel refuses, and exchanges a whole table for each trial:
-        # each Service for itself would be an hour's work at 10,000 of them.
+        # each Service for itself would take nearly two hours at 10,000 of them (0.66 s each).
         waiting = [[group for group in self._ruleset.groups() if not declared.isdisjoint(group)]]
         while waiting:
             tried = waiting.pop()
