@@ -6,7 +6,9 @@ What cannot be seen is left out, with a sentence that says so where a person wou
 """
 
 import os
+import re
 import socket
+import stat
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Final, TypeVar
@@ -17,7 +19,7 @@ from kubeproxy_py.errors import BackendMissing, IptablesError
 from kubeproxy_py.iptables import backends, events, infos, lock, runner
 from kubeproxy_py.model import IPFamily
 from kubeproxy_py.node_ports import Listener
-from kubeproxy_py.preflight.facts import HostFacts, Leftover, Process, Program, Role
+from kubeproxy_py.preflight.facts import HostFacts, Leftover, Process, Program, Role, StateFile
 
 _T = TypeVar("_T")
 
@@ -79,13 +81,18 @@ class _Unseen:
 
 
 def collect(
-    config: KubeProxyConfiguration, *, backend: str = "auto", files: Files | None = None
+    config: KubeProxyConfiguration,
+    *,
+    backend: str = "auto",
+    state_file: str = "",
+    files: Files | None = None,
 ) -> HostFacts:
     """Return what this host is like.
 
     Args:
         config: whose sysctls are looked at.
         backend: auto, nft or legacy.
+        state_file: where the last good state would be kept; "": nowhere.
         files: where the host's files are.
     """
     files = files or Files()
@@ -113,6 +120,7 @@ def collect(
         capabilities=capabilities,
         lock_path=str(lock.lock_path()),
         lock_failure=_lock_failure(lock.lock_path()),
+        state_file=_state_file(files, Path(state_file)) if state_file else None,
         has_ipv6=hostnet.has_ipv6(),
         programs=programs,
         backend=chosen,
@@ -177,6 +185,45 @@ def _lock_failure(path: Path) -> str:
         return "" if os.access(path, os.R_OK | os.W_OK) else "cannot be opened for writing"
     is_possible = os.access(path.parent, os.W_OK)
     return "" if is_possible else f"is not there, and {path.parent} is not writable"
+
+
+def _state_file(files: Files, path: Path) -> StateFile:
+    # `run` makes directories that are not there.
+    directory = next(parent for parent in path.absolute().parents if os.path.lexists(parent))
+    failure, is_foreign, is_open = "", False, False
+    try:
+        found = directory.stat()
+        is_foreign = found.st_uid not in {0, os.geteuid()}
+        is_open = bool(found.st_mode & (stat.S_IWGRP | stat.S_IWOTH))
+        if not stat.S_ISDIR(found.st_mode):
+            failure = f"{directory} is not a directory"
+        elif not os.access(directory, os.W_OK | os.X_OK):
+            failure = f"{directory} is not writable"
+        elif path.is_dir():
+            failure = "it is a directory"
+    except OSError as error:
+        failure = str(error)
+    return StateFile(
+        path=str(path),
+        directory=str(directory),
+        failure=failure,
+        is_foreign=is_foreign,
+        is_open=is_open,
+        filesystem=_filesystem(files.read("proc/self/mountinfo") or "", directory.resolve()),
+    )
+
+
+def _filesystem(mounts: str, directory: Path) -> str:
+    """Return the type of the file system that has *directory*, from /proc/self/mountinfo (proc(5))."""
+    found, deepest = "", -1
+    for line in mounts.splitlines():
+        fields = line.split(" ")
+        # Blanks and backslashes in paths are written as octal numbers.
+        point = Path(re.sub(r"\\([0-7]{3})", lambda code: chr(int(code[1], 8)), fields[4]))
+        # The last of several at one place is the one that is seen.
+        if directory.is_relative_to(point) and len(point.parts) >= deepest:
+            found, deepest = fields[fields.index("-") + 1], len(point.parts)
+    return found
 
 
 def _wanted_sysctls(config: KubeProxyConfiguration) -> dict[str, int]:

@@ -24,7 +24,13 @@ def check(flag_values: flags.FlagValues, files: collect.Files | None = None) -> 
     settings, found = _settings(flag_values)
     # With settings that cannot be used, the host is still worth a look, with the defaults.
     usable = settings or Settings(config=KubeProxyConfiguration())
-    facts = collect.collect(usable.config, backend=usable.iptables_backend, files=files)
+    facts = collect.collect(
+        usable.config,
+        backend=usable.iptables_backend,
+        # Files are on disk already.
+        state_file="" if usable.manifests else usable.state_file,
+        files=files,
+    )
     api, objects = _cluster(settings, found.append)
     ips = options.node_ips(
         usable.config.bind_address, objects.node.ips if objects and objects.node else ()

@@ -41,6 +41,20 @@ class Process(msgspec.Struct, frozen=True):
     pid: int
 
 
+class StateFile(msgspec.Struct, frozen=True, kw_only=True):
+    """The file of --state-file, and the directory it is in or the one in which that is to be made."""
+
+    path: str
+    directory: str
+    #: Why no file can be put there; "": it can.
+    failure: str = ""
+    #: Of what is there: it is neither root's nor this user's; others may write into it.
+    is_foreign: bool = False
+    is_open: bool = False
+    #: The file system's type; "": unknown.
+    filesystem: str = ""
+
+
 class HostFacts(msgspec.Struct, frozen=True, kw_only=True):
     """This host, as this process may see it."""
 
@@ -50,6 +64,8 @@ class HostFacts(msgspec.Struct, frozen=True, kw_only=True):
     lock_path: str = ""
     #: Why the lock file cannot be used; "": it can.
     lock_failure: str = ""
+    #: None: no state is kept.
+    state_file: StateFile | None = None
     has_ipv6: bool = True
     programs: tuple[Program, ...] = ()
     #: nft or legacy; "": none works, and why.

@@ -60,6 +60,10 @@ TOPICS: Final[dict[str, Topic]] = {
         "`run` sets these sysctls at its start and ends if it cannot.",
         "Run `kubeproxy-py run --init-only` where it can, make /proc/sys writable, or set the option to 0.",
     ),
+    "state-file": Topic(
+        "The last good state is kept there, for a node that comes up while its API server is away.",
+        "Give it a directory of root's on a disk, in a container one of the host's; or none: `--state-file=`.",
+    ),
     "iptables-backend": Topic(
         "The iptables programs that would be used, and why these.",
         "Install iptables; `--iptables-backend` overrides the choice.",

@@ -27,6 +27,7 @@ _TABLE_ERROR: Final = 0.95
 # The kernel's own default is one to one or four to one; at eight a lookup begins to be felt.
 _ENTRIES_PER_BUCKET: Final = 8
 _STRICT: Final = 1
+_IN_MEMORY: Final = frozenset({"tmpfs", "ramfs"})
 #: What the API server takes node ports from unless told otherwise.
 NODE_PORT_RANGE: Final = (30000, 32767)
 
@@ -51,6 +52,7 @@ def judge(
     """Yield all findings about this host that need no more of the cluster than the Node's IPs."""
     yield Finding("kernel", "ok", f"Linux {facts.release}")
     yield from _rights(facts)
+    yield from _state_file(facts)
     yield from _iptables(facts)
     yield from _other_rules(facts)
     yield from _events(facts)
@@ -87,6 +89,30 @@ def _rights(facts: HostFacts) -> Iterator[Finding]:
         yield Finding("conntrack-settings", "error" if _is_root(facts) else "warning", found)
     else:
         yield Finding("conntrack-settings", "ok", "as wanted, or writable")
+
+
+def _state_file(facts: HostFacts) -> Iterator[Finding]:
+    file = facts.state_file
+    if file is None:
+        return
+    if file.failure:
+        severity: Severity = "warning" if _is_root(facts) else "info"
+        yield Finding("state-file", severity, f"{file.path} cannot be kept: {file.failure}")
+        return
+    # Whoever writes it decides where this node's traffic goes after a reboot.
+    if file.is_foreign or file.is_open:
+        why = "belongs to another user" if file.is_foreign else "can be written by others"
+        yield Finding("state-file", "warning", f"{file.directory} {why}")
+    if file.filesystem in _IN_MEMORY:
+        found = f"{file.path} is in memory ({file.filesystem}), and no reboot leaves it"
+        yield Finding("state-file", "warning", found)
+    elif file.filesystem == "overlay":
+        found = (
+            f"{file.path} is on an overlay: if it is a container's own, it goes with the container"
+        )
+        yield Finding("state-file", "info", found)
+    elif not (file.is_foreign or file.is_open):
+        yield Finding("state-file", "ok", f"{file.path} can be kept")
 
 
 def _is_root(facts: HostFacts) -> bool:

@@ -340,7 +340,9 @@ def ask(host, api, tmp_path):
     kubeconfig = api.kubeconfig(tmp_path / "kubeconfig")
 
     def ask(*arguments):
-        return host.troubles(f"--kubeconfig={kubeconfig}", *arguments, manifests=False)
+        # What this machine's disks are like is no matter here.
+        flags = (f"--kubeconfig={kubeconfig}", "--state-file=")
+        return host.troubles(*flags, *arguments, manifests=False)
 
     return ask
 
@@ -401,6 +403,22 @@ def command(node):
         return node.run([*program, *arguments], check=False)
 
     return command
+
+
+@pytest.mark.parametrize(
+    ("option", "found"),
+    [("ro", "is not writable"), ("rw", "is in memory (tmpfs)")],
+)
+def test_a_state_file_that_a_reboot_would_not_leave(command, tmp_path, option, found):
+    mount = f'mount -t tmpfs -o {option},mode=755 tmpfs {tmp_path} && exec "$@"'
+    done = command(
+        "--conntrack-max-per-core=0",
+        f"--state-file={tmp_path}/state",
+        wrapper=("unshare", "--mount", "sh", "-c", mount, "sh"),
+    )
+
+    assert done.returncode == 2
+    assert found in " ".join(done.stdout.split())
 
 
 def test_without_any_flag_the_host_alone_is_checked(command):

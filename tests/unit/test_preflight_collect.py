@@ -1,5 +1,6 @@
 """Reading this host's files; the whole look is in tests/packet/test_check.py."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -138,3 +139,68 @@ def test_what_cannot_be_looked_at_is_remembered():
     assert unseen.attempt("sockets", refuse, 3) == 3
     assert unseen.attempt("sockets", lambda: 4, 3) == 4
     assert unseen.said == ["sockets: [Errno 1] not permitted"]
+
+
+# The state file ----------------------------------------------------------------------------------
+
+MOUNTS = """\
+22 1 8:1 / / rw,relatime shared:1 - ext4 /dev/sda1 rw
+23 22 0:21 / /run rw,nosuid master:3 - tmpfs tmpfs rw
+24 22 0:22 / /a\\040b rw - xfs /dev/sdb1 rw
+25 22 0:23 / /twice rw - ext4 /dev/sdc1 rw
+26 25 0:24 / /twice rw - tmpfs tmpfs rw
+"""
+
+
+@pytest.mark.parametrize(
+    ("directory", "wanted"),
+    [
+        ("/var/lib", "ext4"), ("/run/kubeproxy-py", "tmpfs"), ("/runs", "ext4"), ("/a b", "xfs"),
+        ("/twice/x", "tmpfs"),
+    ],
+)  # fmt: skip
+def test_the_deepest_mount_above_a_directory_has_it(directory, wanted):
+    assert collect._filesystem(MOUNTS, Path(directory)) == wanted
+
+
+def test_without_mounts_the_file_system_is_unknown():
+    assert collect._filesystem("", Path("/var")) == ""
+
+
+def state_file(tmp_path, path):
+    files = write(tmp_path / "root", **{"proc/self/mountinfo": MOUNTS})
+    return collect._state_file(files, path)
+
+
+def test_a_state_file_whose_directories_are_not_there_yet_can_be_kept(tmp_path):
+    tmp_path.chmod(0o700)
+    found = state_file(tmp_path, tmp_path / "deep" / "down" / "state")
+
+    assert (found.directory, found.failure, found.filesystem) == (str(tmp_path), "", "ext4")
+    assert (found.is_foreign, found.is_open) == (False, False)
+
+
+def test_a_directory_that_others_may_write_into_is_open(tmp_path):
+    (tmp_path / "open").mkdir()
+    (tmp_path / "open").chmod(0o1777)
+
+    assert state_file(tmp_path, tmp_path / "open" / "state").is_open
+
+
+def test_a_directory_of_another_user_is_foreign(tmp_path):
+    if os.geteuid() != 0:
+        pytest.skip("only root can give a directory away")
+    (tmp_path / "theirs").mkdir()
+    os.chown(tmp_path / "theirs", 65534, 65534)
+
+    assert state_file(tmp_path, tmp_path / "theirs" / "state").is_foreign
+
+
+def test_what_stands_in_the_way_of_a_state_file_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "link").symlink_to("nowhere")
+    (tmp_path / "directory").mkdir()
+
+    assert "file is not a directory" in state_file(tmp_path, tmp_path / "file" / "state").failure
+    assert "No such file" in state_file(tmp_path, tmp_path / "link" / "state").failure
+    assert state_file(tmp_path, tmp_path / "directory").failure == "it is a directory"

@@ -8,7 +8,7 @@ from kubeproxy_py.config import KubeProxyConfiguration
 from kubeproxy_py.model import IPFamily
 from kubeproxy_py.node_ports import Listener
 from kubeproxy_py.preflight import host
-from kubeproxy_py.preflight.facts import HostFacts, Leftover, Process, Program
+from kubeproxy_py.preflight.facts import HostFacts, Leftover, Process, Program, StateFile
 
 V4, V6 = IPFamily.V4, IPFamily.V6
 IPS = options.node_ips("", ["192.168.0.2"])
@@ -16,6 +16,9 @@ MAX = "net/netfilter/nf_conntrack_max"
 COUNT = "net/netfilter/nf_conntrack_count"
 LOCALNET = "net/ipv4/conf/all/route_localnet"
 
+STATE_FILE = StateFile(
+    path="/var/lib/kubeproxy-py/state", directory="/var/lib/kubeproxy-py", filesystem="ext4"
+)
 SOUND = HostFacts(
     release="6.1.0",
     capabilities=frozenset({"NET_ADMIN", "NET_RAW"}),
@@ -78,6 +81,38 @@ CASES = {
     "rights unknown": ({"capabilities": None}, []),
     "lock": ({"lock_failure": "is read-only"}, [("xtables-lock", "warning")]),
     "no lock file": ({"lock_path": ""}, []),
+    "state file": ({"state_file": STATE_FILE}, []),
+    "state file that cannot be kept": (
+        {"state_file": msgspec.structs.replace(STATE_FILE, failure="no", is_open=True)},
+        [("state-file", "warning")],
+    ),
+    "state file that cannot be kept by this user": (
+        {
+            "state_file": msgspec.structs.replace(STATE_FILE, failure="no"),
+            "capabilities": frozenset({"NET_RAW"}),
+        },
+        [("privileges", "warning"), ("state-file", "info")],
+    ),
+    "state file of another user": (
+        {"state_file": msgspec.structs.replace(STATE_FILE, is_foreign=True)},
+        [("state-file", "warning")],
+    ),
+    "state file that others may replace": (
+        {"state_file": msgspec.structs.replace(STATE_FILE, is_open=True)},
+        [("state-file", "warning")],
+    ),
+    "state file in memory": (
+        {"state_file": msgspec.structs.replace(STATE_FILE, filesystem="tmpfs")},
+        [("state-file", "warning")],
+    ),
+    "state file in memory that others may replace": (
+        {"state_file": msgspec.structs.replace(STATE_FILE, filesystem="ramfs", is_open=True)},
+        [("state-file", "warning"), ("state-file", "warning")],
+    ),
+    "state file of a container": (
+        {"state_file": msgspec.structs.replace(STATE_FILE, filesystem="overlay")},
+        [("state-file", "info")],
+    ),
     "no backend": (
         {"backend": "", "backend_failure": "nothing works", "programs": ()},
         [("iptables-backend", "error")],
