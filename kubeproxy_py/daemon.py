@@ -107,6 +107,8 @@ class Daemon:
         self._lock = threading.Lock()
         # Changed by the families' threads, under the lock. Replaced as a whole: others read it.
         self._loops: dict[IPFamily, sync_loop.SyncLoop] = {}
+        # Families without a sync that succeeded. Guarded by the lock.
+        self._unprogrammed: set[IPFamily] = set()
         self._counts_packets = False
         self._meters: dict[IPFamily, traffic_meter.FamilyMeter] = {}
         self._flow_meter: flow_meter.FlowMeter | None = None
@@ -190,8 +192,6 @@ class Daemon:
         self._gatherer.refused_addresses = lambda: [*map(str, self._store.refusals())]
         self._start_sources_of_nodes()
         self._start_keeper()
-        if not self._settings.init_only:
-            cleanup.remove_nft_mode_tables()
         # Units that start after this one may be what brings the API server up.
         self._notifier.ready()
         self._tell_phase(f"waiting for Node {self._node_name}")
@@ -326,6 +326,7 @@ class Daemon:
         reconciler.start()
         self._gatherer.conntrack = lambda: reconciler.last
         self._undo.append(reconciler.stop)
+        self._unprogrammed = set(kernels)
         rule_watcher = self._watch_rules(kernels)
         others = backend_watch.BackendWatch(
             next(iter(kernels.values())).backend,
@@ -793,6 +794,7 @@ class Daemon:
         if isinstance(news, drift.Contest):
             self._post(node_events.contested(family, news))
             return
+        self._replace_nft_mode(family)
         for repair in news.repairs:
             self._post(node_events.repaired(repair))
         if news.chains_found and news.batches:
@@ -804,6 +806,14 @@ class Daemon:
                     deleted=news.chains_deleted,
                 )
             )
+
+    def _replace_nft_mode(self, family: IPFamily) -> None:
+        """Remove what kube-proxy's nftables mode left, once rules of all families are in its place."""
+        with self._lock:
+            is_last = self._unprogrammed == {family}
+            self._unprogrammed.discard(family)
+        if is_last:
+            cleanup.remove_nft_mode_tables()
 
     def _post(self, event: node_events.NodeEvent) -> None:
         self._recorder.node_event(

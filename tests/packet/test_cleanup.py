@@ -223,15 +223,19 @@ def test_the_tables_of_nftables_mode_go_and_others_stay(command, clean_lab):
     assert nft_tables(clean_lab) == {("ip", "mine")}
 
 
-def test_the_daemon_removes_the_tables_of_nftables_mode_at_its_start(clean_lab, tmp_path):
+def test_the_daemon_removes_the_tables_of_nftables_mode_when_its_rules_are_there(
+    clean_lab, tmp_path
+):
     clean_lab.node.run(["nft", "-f", "-"], input=KUBE_PROXY_TABLES + FOREIGN_TABLE)
     objects = tmp_path / "objects.json"
     items = [make_node(), make_service(), make_slice()]
     objects.write_text(json.dumps({"apiVersion": "v1", "kind": "List", "items": items}))
     with running(clean_lab, "legacy", tmp_path / "log", f"--manifests={objects}") as proxy:
-        proxy.wait_synced()
+        proxy.wait(lambda: {name for _, name in nft_tables(clean_lab)} == {"mine"})
 
-        assert {name for _, name in nft_tables(clean_lab)} == {"mine"}
+        told = [event["event"] for event in proxy.events()]
+        order = [name for name in told if name in ("sync.completed", "cleanup.nft_table_deleted")]
+        assert order[:3] == ["sync.completed", "sync.completed", "cleanup.nft_table_deleted"]
 
 
 def test_nothing_is_removed_by_a_daemon_that_refuses_to_start(clean_lab, tmp_path):
