@@ -158,11 +158,13 @@ class Deployed:
             "config.conf": KUBEADM_CONFIG,
             "kubeconfig.conf": kubeadm_kubeconfig(server),
         }
-        (directory / "volumes").mkdir()
+        self.volumes = directory / "volumes"
+        self.volumes.mkdir()
+        self.daemons = []
         self.runner = ContainerRunner(
             pod,
             node=lab.node,
-            directory=directory / "volumes",
+            directory=self.volumes,
             config_maps=config_maps,
             account={
                 "token": "the-token",
@@ -188,11 +190,22 @@ class Deployed:
             finally:
                 connection.close()
 
+    def scrape(self):
+        """Return what /metrics says on the node itself."""
+        with self.lab.node.entered():
+            connection = http.client.HTTPConnection("127.0.0.1", 10249, timeout=5)
+            try:
+                connection.request("GET", "/metrics")
+                return connection.getresponse().read()
+            finally:
+                connection.close()
+
     def run(self):
         """Run the init container to its end and start the daemon; wait until it is ready."""
         initialised = self.runner.start("init", self.log)
         assert initialised.wait(60) == 0, self.said()
         daemon = self.runner.start("kubeproxy-py", self.log)
+        self.daemons.append(daemon)
         try:
             wait_until(
                 lambda: daemon.poll() is not None or self.probe("readinessProbe") == 200,
@@ -203,28 +216,48 @@ class Deployed:
         assert daemon.poll() is None, self.said()
         return daemon
 
-    def run_command(self, command):
-        """Run another command in the daemon's container and return its exit status."""
+    def run_command(self, command, arguments=None):
+        """Run another command in the daemon's container, by default with the daemon's flags; return its exit status."""
         container = manifests.container(self.objects, "kubeproxy-py")
-        arguments = container["args"]
-        assert arguments[0] == "run"
-        container["args"] = [command, *arguments[1:]]
+        given = container["args"]
+        assert given[0] == "run"
+        container["args"] = [command, *(given[1:] if arguments is None else arguments)]
         try:
             return self.runner.start("kubeproxy-py", self.log).wait(60)
         finally:
-            container["args"] = arguments
+            container["args"] = given
+
+    def end(self):
+        """End what runs: its ports are those of the next test's."""
+        for daemon in self.daemons:
+            daemon.kill()
+            daemon.wait(60)
 
     def said(self):
         return self.log.read_text(errors="replace")
+
+
+@pytest.fixture
+def deploy(clean_lab, api, tmp_path):
+    """Return a function that makes a Deployed; what it runs ends with the test."""
+    made = []
+
+    def deploy(kustomization, backend):
+        made.append(Deployed(kustomization, clean_lab, api, tmp_path, backend))
+        return made[-1]
+
+    yield deploy
+    for deployed in made:
+        deployed.end()
 
 
 @pytest.mark.parametrize(
     ("kustomization", "backend"), [("overlays/kind", "nft"), ("overlays/kubeadm", "legacy")]
 )
 def test_what_the_manifest_gives_is_enough_and_used(
-    kustomization, clean_lab, servers, backend, api, tmp_path
+    kustomization, deploy, clean_lab, servers, backend
 ):
-    deployed = Deployed(kustomization, clean_lab, api, tmp_path, backend)
+    deployed = deploy(kustomization, backend)
     deployed.run()
 
     # Traffic, and what the kubelet asks.
@@ -260,8 +293,29 @@ def test_what_the_manifest_gives_is_enough_and_used(
     assert ("drift.lock_unwatched" in deployed.said()) == (backend == "legacy")
 
 
-def test_without_a_permission_the_authorizer_of_these_tests_says_no(clean_lab, api, tmp_path):
-    deployed = Deployed("overlays/kind", clean_lab, api, tmp_path, "nft")
+@pytest.mark.parametrize(
+    ("kustomization", "backend"), [("overlays/kind", "nft"), ("overlays/kubeadm", "legacy")]
+)
+def test_what_the_daemon_keeps_is_on_the_host_without_any_flag(kustomization, deploy, backend):
+    deployed = deploy(kustomization, backend)
+    args = manifests.container(deployed.objects, "kubeproxy-py")["args"]
+    assert not any("state" in flag or "socket" in flag for flag in args)
+    args.append("--traffic-metrics=service")
+    deployed.run()
+    state, totals = deployed.volumes / "state/state", deployed.volumes / "run/traffic.json"
+    wait_until(state.exists, what="the state file", timeout_s=60)
+    # Who is asked by `kubectl exec` says that it is well, the state file included.
+    assert deployed.run_command("status", []) == 0, deployed.said()
+    # Totals are kept once somebody has asked for them.
+    wait_until(lambda: deployed.scrape() and totals.exists(), what="the totals", timeout_s=60)
+
+    assert json.loads(state.read_bytes().partition(b"\n")[0])["node"] == "node1"
+    for event in ("snapshot.", "status.listen_failed", "traffic.state_unwritten"):
+        assert event not in deployed.said()
+
+
+def test_without_a_permission_the_authorizer_of_these_tests_says_no(deploy):
+    deployed = deploy("overlays/kind", "nft")
     deployed.authorizer.permissions.discard(rbac.Permission("create", "events.k8s.io", "events"))
     deployed.run()
 
@@ -271,8 +325,8 @@ def test_without_a_permission_the_authorizer_of_these_tests_says_no(clean_lab, a
     ]
 
 
-def test_without_net_admin_the_daemon_ends_with_a_reason(clean_lab, api, tmp_path):
-    deployed = Deployed("overlays/kind", clean_lab, api, tmp_path, "nft")
+def test_without_net_admin_the_daemon_ends_with_a_reason(deploy):
+    deployed = deploy("overlays/kind", "nft")
     context = manifests.container(deployed.objects, "kubeproxy-py")["securityContext"]
     context["capabilities"]["add"] = ["NET_RAW"]
     daemon = deployed.runner.start("kubeproxy-py", deployed.log)

@@ -255,6 +255,23 @@ def test_named_port_is_found_in_sidecars_but_not_in_plain_init_containers():
     assert addresses(slices) == [("IPv4", [("", 2222)], "10.0.0.1")]
 
 
+def test_named_port_is_found_in_a_later_container():
+    named_target = service(ports=[{"port": 80, "targetPort": "http"}])
+    containers = [{"ports": [named(1111, "metrics")]}, {"ports": [named(2222)]}]
+
+    slices = build([named_target], [pod(spec={"containers": containers})])
+
+    assert addresses(slices) == [("IPv4", [("", 2222)], "10.0.0.1")]
+
+
+def test_addresses_without_an_ip_are_left_out_of_mirrored_endpoints():
+    subset = {"addresses": [{"ip": ""}, {"ip": "192.0.2.1"}], "ports": [{"port": 80}]}
+
+    slices = build([service(selector=None)], mirrored=[endpoints(subset)])
+
+    assert addresses(slices) == [("IPv4", [("", 80)], "192.0.2.1")]
+
+
 def test_endpoints_of_a_service_without_selector_are_mirrored():
     subset = {
         "addresses": [{"ip": "192.0.2.1", "nodeName": "node-1"}, {"ip": "2001:db8::1"}],

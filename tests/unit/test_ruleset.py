@@ -357,3 +357,12 @@ def test_same_node_port_addresses_again_touch_nothing(ruleset):
     ruleset.set_node_port_addresses(("192.168.0.2",))
 
     assert ruleset.take_touched() == frozenset()
+
+
+def test_a_rule_in_a_shared_chain_is_owned_by_the_service_that_it_is_for(ruleset):
+    ruleset.apply({name(1): state(1), name(2): state(2)})
+    chain = ruleset.tables["nat"]["KUBE-SERVICES"]
+    (rule,) = [rule for rule in chain if f'"{name(2)}' in rule]
+
+    assert ruleset.owner("KUBE-SERVICES", rule) == name(2)
+    assert ruleset.owner("KUBE-SERVICES", "-j RETURN") is None
