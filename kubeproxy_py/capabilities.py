@@ -20,7 +20,7 @@ log = structlog.get_logger()
 # Whoever holds the lock may let go at any moment; a probe has waited for it for seconds already.
 _LOCKED_RETRY_S: Final = 0.2
 # Somebody has to do something about it, and will want to see soon that it helped. Each attempt takes
-# some 30 ms, and writes.
+# some 30 ms where tables are small, and writes.
 _FIRST_RETRY_S: Final = 1.0
 _LONGEST_RETRY_S: Final = 30.0
 
