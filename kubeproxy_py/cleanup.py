@@ -94,7 +94,7 @@ def _clean_one(programs: runner.Programs) -> bool:
     try:
         batch = removal(iptables.save())
         if batch.sections:
-            iptables.restore(batch.render())
+            iptables.restore(batch)
     except IptablesError as error:
         log.error(  # noqa: TRY400 - the cause is another program; our stack says nothing
             "cleanup.failed",

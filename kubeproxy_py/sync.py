@@ -52,7 +52,7 @@ class Kernel(Protocol):
     @property
     def lock_waited_s(self) -> float: ...
     def save(self) -> chains.Tables: ...
-    def restore(self, text: str) -> None: ...
+    def restore(self, batch: plan.Batch) -> None: ...
 
 
 def unwatched(_batch: plan.Batch) -> AbstractContextManager[None]:
@@ -480,7 +480,7 @@ class Syncer:
         trial = plan.Section(rules.NAT, {chain: wanted[chain] for chain in names})
         self._effects.beat()
         try:
-            self._kernel.restore(plan.Batch((trial,)).render())
+            self._kernel.restore(plan.Batch((trial,)))
         except BatchRejected:
             return True
         return False
@@ -587,10 +587,9 @@ class Syncer:
     def _restore(self, batch: plan.Batch, live: chains.Tables, *, is_full: bool) -> None:
         family = self._family.value
         self._effects.beat()
-        text = batch.render()
         try:
             with self._effects.writing(batch):
-                self._kernel.restore(text)
+                self._kernel.restore(batch)
         except IptablesError as error:
             if isinstance(error, LockTimeout) and len(batch.sections) > 1:
                 # Legacy takes the lock for each table anew: the first may have been written.
@@ -601,7 +600,7 @@ class Syncer:
             raise
         batch.apply_to(live)
         self._metrics.iptables_restores.labels(family).inc()
-        self._metrics.iptables_restore_lines.labels(family).inc(text.count("\n"))
+        self._metrics.iptables_restore_lines.labels(family).inc(batch.line_count)
 
     def _repairs(
         self, batches: list[plan.Batch], asked_for: frozenset[ChainId], live: chains.Tables

@@ -48,6 +48,12 @@ class Section(msgspec.Struct, frozen=True):
         """Return how many rules it writes."""
         return sum(map(len, self.write.values()))
 
+    @property
+    def line_count(self) -> int:
+        """Return how many lines its input has."""
+        chains = len(self.write) + 2 * len(self.delete)
+        return 2 + chains + self.rule_count + len(self.insert) + len(self.remove)
+
     def pieces(self) -> Iterator[str]:
         """Yield the input in pieces of one or more lines, each without its last newline."""
         yield f"*{self.table}"
@@ -75,9 +81,18 @@ class Batch(msgspec.Struct, frozen=True):
 
     sections: tuple[Section, ...]
 
+    @property
+    def line_count(self) -> int:
+        """Return how many lines the input has."""
+        return sum(section.line_count for section in self.sections)
+
+    def pieces(self) -> Iterator[str]:
+        """Yield the restore input in pieces of one or more whole lines."""
+        return (f"{piece}\n" for section in self.sections for piece in section.pieces())
+
     def render(self) -> str:
         """Return the restore input."""
-        return "".join(f"{piece}\n" for section in self.sections for piece in section.pieces())
+        return "".join(self.pieces())
 
     def apply_to(self, live: Tables) -> None:
         """Change *live* as the kernel is changed by this batch."""

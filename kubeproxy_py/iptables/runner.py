@@ -6,16 +6,18 @@ text and gives text. Whoever gets an IptablesError from ``restore`` has to assum
 kernel's state and read it again.
 """
 
+import contextlib
+import fcntl
 import os
 import re
 import shutil
 import subprocess
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from contextlib import nullcontext as _nothing
 from pathlib import Path
-from typing import Final, Literal, NamedTuple
+from typing import IO, Final, Literal, NamedTuple, Protocol
 
 import structlog
 
@@ -36,6 +38,9 @@ HINTS: Final = frozenset({"KUBE-IPTABLES-HINT", "KUBE-KUBELET-CANARY"})
 _LOCK_WAIT_S: Final = 5
 # A restore of 100,000 rules takes seconds; one that takes minutes hangs, and would hang for ever.
 _PROCESS_LIMIT_S: Final = 300
+# Waking a program that waits for more costs more than its reading, above all in virtual machines. This
+# is as big as a pipe may become without privileges.
+_PIPE_BYTES: Final = 1 << 20
 # Complaints that have nothing to do with what was to be written. The lock file's is not about a held
 # lock: it cannot be opened, in a read-only root say, and will not be in a moment either.
 _HOPELESS: Final = ("Permission denied", "you must be root", "can't open lock file")
@@ -55,6 +60,13 @@ _LEGACY_TABLES: Final = {
     IPFamily.V4: Path("/proc/net/ip_tables_names"),
     IPFamily.V6: Path("/proc/net/ip6_tables_names"),
 }
+
+
+class Input(Protocol):
+    """A restore input that is too big to be made as one text."""
+
+    def pieces(self) -> Iterator[str]:
+        """Yield whole lines; the same each time."""
 
 
 class Programs(NamedTuple):
@@ -245,11 +257,14 @@ class Iptables:
             raise _error(argv, process.returncode, said)
         return tables
 
-    def restore(self, text: str, *, test: bool = False) -> None:
+    def restore(self, batch: str | Input, *, test: bool = False) -> None:
         """Commit a restore input, leaving alone what it does not name.
 
+        The program reads the first pieces while the next are made: on legacy, all rules of a big node
+        are one input, and the two take turns on different processors.
+
         Args:
-            text: the input.
+            batch: the input.
             test: parse and build it, but commit nothing.
 
         Raises:
@@ -261,14 +276,19 @@ class Iptables:
         if test:
             argv.append("--test")
         try:
-            with subprocess.Popen(  # noqa: S603 - fixed argv, no shell
-                argv,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.PIPE,
-                text=True,
-                errors="replace",
-            ) as process:
+            # What it says goes to a file, because nobody reads it while it is given its input.
+            with (
+                os.fdopen(os.memfd_create("said"), "w+", errors="replace") as stderr,
+                subprocess.Popen(  # noqa: S603 - fixed argv, no shell
+                    argv,
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.DEVNULL,
+                    stderr=stderr,
+                    text=True,
+                    errors="replace",
+                    bufsize=_PIPE_BYTES,
+                ) as process,
+            ):
                 limit = threading.Timer(self._process_limit_s, process.kill)
                 limit.start()
                 try:
@@ -276,12 +296,16 @@ class Iptables:
                         self._own(self.family, process.pid) if self._own else _nothing(),
                         self._lock.following(process.pid) if self._lock else _nothing(),
                     ):
-                        _, said = process.communicate(text)
+                        assert process.stdin is not None
+                        _feed(process.stdin, batch)
+                        process.wait()
                 finally:
                     limit.cancel()
+                stderr.seek(0)
+                said = stderr.read()
         except OSError as error:
             raise IptablesError(f"cannot run {argv[0]}: {error.strerror}") from error
-        failure = _error(argv, process.returncode, said, text) if process.returncode else None
+        failure = _error(argv, process.returncode, said, batch) if process.returncode else None
         if self._lock is not None:
             self._lock.finish(has_lock=not isinstance(failure, LockTimeout))
             if isinstance(failure, LockTimeout):
@@ -342,7 +366,20 @@ def _run(argv: list[str]) -> subprocess.CompletedProcess[str]:
         raise IptablesError(f"cannot run {argv[0]}: {error.strerror}") from error
 
 
-def _error(argv: list[str], status: int, said: str, batch: str = "") -> IptablesError:
+def _feed(stdin: IO[str], batch: str | Input) -> None:
+    """Give a program all of *batch*, or as much as it takes before it ends."""
+    # Refused to a user whose pipes hold a lot already; it is slower then, and no worse.
+    with contextlib.suppress(PermissionError):
+        fcntl.fcntl(stdin, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
+    with contextlib.suppress(BrokenPipeError), stdin:
+        stdin.writelines(_pieces(batch))
+
+
+def _pieces(batch: str | Input) -> Iterable[str]:
+    return (batch,) if isinstance(batch, str) else batch.pieces()
+
+
+def _error(argv: list[str], status: int, said: str, batch: str | Input = "") -> IptablesError:
     reason = " ".join(said.split()) or f"exit status {status}"
     if "holding the xtables lock" in said:
         return LockTimeout(f"cannot get the xtables lock: {reason}")
@@ -352,5 +389,5 @@ def _error(argv: list[str], status: int, said: str, batch: str = "") -> Iptables
     if batch and status > 0:
         # iptables-nft-restore names every line that the kernel refused.
         lines = dict.fromkeys(int(number) for number in _LINE.findall(said))
-        return BatchRejected(reason, batch=batch, lines=tuple(lines))
+        return BatchRejected(reason, batch="".join(_pieces(batch)), lines=tuple(lines))
     return IptablesError(f"cannot run {argv[0]}: {reason}")

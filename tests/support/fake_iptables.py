@@ -15,6 +15,7 @@ from kubeproxy_py.dispatch import ChainId
 from kubeproxy_py.errors import BatchRejected, IptablesError
 from kubeproxy_py.iptables.chains import BUILTIN, Chains, Tables
 from kubeproxy_py.iptables.lock import LockWait
+from kubeproxy_py.iptables.runner import Input
 from kubeproxy_py.model import IPFamily
 
 #: Built-in chains by table, as far as this program looks.
@@ -104,8 +105,9 @@ class FakeIptables:
         texts = self.tables[chain.table].get(chain.chain)
         return None if texts is None else tuple(map(self.misreads, texts))
 
-    def restore(self, text: str) -> None:
-        """Commit *text*, table by table. Raises BatchRejected, with the line, or a planned error."""
+    def restore(self, batch: str | Input) -> None:
+        """Commit *batch*, table by table. Raises BatchRejected, with the line, or a planned error."""
+        text = batch if isinstance(batch, str) else "".join(batch.pieces())
         if self.before_restore is not None:
             self.before_restore(text)
         self.restored.append(text)

@@ -461,6 +461,7 @@ def test_batch_renders_as_a_restore_input():
         "COMMIT\n"
     )
     assert (batch.rule_count("nat"), batch.rule_count("filter")) == (2, 0)
+    assert batch.line_count == 9
 
 
 def test_removal_is_applied_to_the_model():

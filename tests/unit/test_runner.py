@@ -208,6 +208,52 @@ def test_restore_gives_the_text_and_leaves_the_rest_alone(iptables, programs):
     assert programs.calls.read_text().splitlines()[-1] == "iptables-nft-restore -w 5 --noflush"
 
 
+class Long:
+    """A batch of more than any pipe holds."""
+
+    lines = 60_000
+
+    def pieces(self):
+        yield "*nat\n"
+        for number in range(self.lines):
+            yield f"-A A -m comment --comment {number:060} -j B\n"
+        yield "COMMIT\n"
+
+
+def test_a_long_batch_is_given_piece_by_piece(iptables, programs):
+    iptables.restore(Long())
+
+    assert (programs.directory / "input").read_text() == "".join(Long().pieces())
+
+
+def test_who_complains_at_length_before_reading_is_heard_to_the_end(iptables, programs):
+    complaints = "".join(f"line {n}: RULE_APPEND failed\n" for n in range(2, Long.lines + 2))
+    programs.write("iptables-nft-restore", body="cat $0.complains >&2; cat >/dev/null", status=4)
+    (programs.directory / "iptables-nft-restore.complains").write_text(complaints)
+
+    with pytest.raises(BatchRejected) as caught:
+        iptables.restore(Long())
+    assert len(caught.value.lines) == Long.lines
+    assert caught.value.batch.count("\n") == Long.lines + 2
+
+
+def test_who_ends_without_reading_is_told_by_its_status(iptables, programs):
+    programs.write("iptables-nft-restore", status=3, complains="no")
+
+    with pytest.raises(BatchRejected, match="no"):
+        iptables.restore(Long())
+
+
+def test_a_user_who_may_not_have_big_pipes_is_served(iptables, programs, monkeypatch):
+    def refuse(*_):
+        raise PermissionError
+
+    monkeypatch.setattr(runner.fcntl, "fcntl", refuse)
+    iptables.restore(BATCH)
+
+    assert (programs.directory / "input").read_text() == BATCH
+
+
 def test_restore_can_be_tried_without_committing(iptables, programs):
     iptables.restore(BATCH, test=True)
 
