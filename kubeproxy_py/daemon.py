@@ -190,7 +190,7 @@ class Daemon:
         self._gatherer.backend = backend
         self._gatherer.node = lambda: self._store.node
         self._gatherer.refused_addresses = lambda: [*map(str, self._store.refusals())]
-        self._start_sources_of_nodes()
+        self._start_sources()
         self._start_keeper()
         # Units that start after this one may be what brings the API server up.
         self._notifier.ready()
@@ -236,7 +236,11 @@ class Daemon:
         if self._settings.traffic is not None and self._settings.traffic.has_bytes:
             self._has_accounting = sysctls.ensure_conntrack_accounting()
 
-    def _start_sources_of_nodes(self) -> None:
+    def _start_sources(self) -> None:
+        """Start to read what rules are made of; Services, too, long before the Node is known.
+
+        What takes longest of a start is read while the Node, the probe and the rest are waited for.
+        """
         if self._settings.manifests:
             source = manifests.ManifestSource(
                 [Path(path) for path in self._settings.manifests],
@@ -246,8 +250,11 @@ class Daemon:
                 beat=self._expect_thread("manifests"),
             )
             self._spawn("manifests", source.run)
-        else:
-            self._spawn_watcher("Node")
+            return
+        self._spawn_watcher("Node")
+        if not self._settings.init_only:
+            self._spawn_watcher("Service")
+            self._spawn_watcher("EndpointSlice")
 
     def _start_keeper(self) -> None:
         """Keep the state on disk. Files are on disk already, and --init-only knows no state."""
@@ -356,9 +363,6 @@ class Daemon:
             )
             self._spawn(f"sync-{family.value}", program)
         self._start_lookout(ips, tuple(kernels))
-        if not self._settings.manifests:
-            self._spawn_watcher("Service")
-            self._spawn_watcher("EndpointSlice")
         self._post(node_events.STARTING)
         self._tell_phase("programming Services")
 

@@ -120,6 +120,17 @@ def test_in_node_cidr_mode_pod_cidrs_are_waited_for(start, api):
     )
 
 
+def test_services_are_read_while_the_node_is_waited_for(start, api):
+    proxy = start()
+    kinds = {"Node", "Service", "EndpointSlice"}
+    proxy.wait(lambda: {event["kind"] for event in proxy.events("watch.listed")} == kinds)
+    assert not own_rules(proxy.live())
+    api.apply(make_node())
+    proxy.wait_synced()
+
+    assert own_rules(proxy.live())
+
+
 def test_a_signal_ends_the_wait_for_the_node(start):
     proxy = start()
     proxy.wait(lambda: any(event["kind"] == "Node" for event in proxy.events("watch.listed")))
