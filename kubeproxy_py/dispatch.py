@@ -90,7 +90,9 @@ class Dispatch:
         for entry in entries:
             by_chain.setdefault((entry.table, entry.chain), []).append(entry)
         for chain, shared in self._shared.items():
-            if shared.replace(name, tuple(by_chain.get(chain, ()))):
+            # Most have an entry in one of these chains, and no more.
+            wants, has = chain in by_chain, name in shared.entries
+            if (wants or has) and shared.replace(name, tuple(by_chain.get(chain, ()))):
                 self._changed.add(chain)
 
     def owner(self, rule: str) -> ServicePortName | None:

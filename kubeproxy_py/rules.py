@@ -9,6 +9,7 @@ rule are kube-proxy's: people's eyes and tools know them.
 Every string that reaches a rule was validated where its record was made (``records.py``).
 """
 
+import functools
 import hashlib
 import itertools
 import math
@@ -179,6 +180,7 @@ class _Names:
         return name
 
 
+@functools.lru_cache(1024)
 def probability(n: int) -> str:
     """Return 1/n as ``iptables-save`` prints what kube-proxy writes for it.
 
@@ -351,7 +353,9 @@ class _Builder:
             own = masquerade if self._internal_chain == names.svl else ()
             self._chains[names.svl] = (*own, *self._balance(names.svl, choice.local))
         for endpoint in choice.reachable:
-            self._chains[names.sep(endpoint.address)] = self._endpoint_rules(endpoint)
+            address = endpoint.address
+            sep = names.sep(address)
+            self._chains[sep] = self._endpoint_rules(endpoint.ip, address, sep)
 
     def _cluster_ip_masquerade(self) -> tuple[str, ...]:
         """Return the rule for traffic to the cluster IP that does not come from a pod here.
@@ -421,7 +425,7 @@ class _Builder:
             for address, sep in addressed:
                 # Who was here lately goes where it went. These come first, all of them.
                 yield (
-                    f"{self._endpoint_comment(f'{self._text} -> {address}')}"
+                    f"{self._arrow(address)}"
                     f"-m recent --rcheck --seconds {seconds} --reap --name {sep} "
                     f"--mask {self._options.recent_mask} --rsource -j {sep}"
                 )
@@ -436,10 +440,9 @@ class _Builder:
     def _choose_endpoint(self, addressed: list[tuple[str, str]]) -> Iterable[str]:
         left = len(addressed)
         for address, sep in addressed:
-            comment = self._endpoint_comment(f"{self._text} -> {address}")
             # The first of three takes 1/3, the second half of what is left, the last the rest.
             chance = _chance(probability(left)) if left > 1 else ""
-            yield f"{comment}{chance}-j {sep}"
+            yield f"{self._arrow(address)}{chance}-j {sep}"
             left -= 1
 
     def _choose_group(self, chain: str, addressed: list[tuple[str, str]]) -> Iterable[str]:
@@ -459,15 +462,13 @@ class _Builder:
         for number, group in sorted(members.items()):
             name = f"{chain}-{number:02x}"
             self._chains[name] = tuple(self._choose_endpoint(group))
-            comment = self._endpoint_comment(f"{self._text} -> {len(group)} endpoints")
             chance = _chance(_fixed_point(len(group) / left)) if left > len(group) else ""
-            yield f"{comment}{chance}-j {name}"
+            yield f"{self._arrow(f'{len(group)} endpoints')}{chance}-j {name}"
             left -= len(group)
 
-    def _endpoint_rules(self, endpoint: Endpoint) -> tuple[str, ...]:
+    def _endpoint_rules(self, ip: str, address: str, sep: str) -> tuple[str, ...]:
         options, protocol = self._options, self._port.name.protocol
-        sep = self._names.sep(endpoint.address)
-        comment = self._endpoint_comment(self._text)
+        comment = "" if options.is_large else f"{_comment(self._text)} "
         remember = (
             f"-m recent --set --name {sep} --mask {options.recent_mask} --rsource "
             if self._affinity_s is not None
@@ -475,13 +476,13 @@ class _Builder:
         )
         return (
             # Hairpin: an endpoint that is sent to itself must not see its own address as source.
-            f"-s {endpoint.ip}/{options.host} {comment}-j {MARK_MASQ}",
-            f"-p {protocol} {comment}{remember}-m {protocol} "
-            f"-j DNAT --to-destination {endpoint.address}",
+            f"-s {ip}/{options.host} {comment}-j {MARK_MASQ}",
+            f"-p {protocol} {comment}{remember}-m {protocol} -j DNAT --to-destination {address}",
         )
 
-    def _endpoint_comment(self, text: str) -> str:
-        return "" if self._options.is_large else f"{_comment(text)} "
+    def _arrow(self, to: str) -> str:
+        """Return the comment of a rule that chooses *to*."""
+        return "" if self._options.is_large else f"{_comment(f'{self._text} -> {to}')} "
 
 
 def _chance(share: str) -> str:
