@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Final
 
+from benchmarks import stage
 from benchmarks.figures import Run, Samples, wait_idle
 from kubeproxy_py import rules
 from kubeproxy_py.model import IPFamily
@@ -42,6 +43,9 @@ def drift(run: Run) -> Samples:
     for kind, fault in faults.items():
         times = _FLUSHES if kind in {"jump", "flush"} else _REPEATS
         found[f"drift_{kind}"] = [_repair_seconds(run, fault(next(chains))) for _ in range(times)]
+    found["drift_flush_dns"] = [
+        _seconds_without_dns(run, faults["flush"]("")) for _ in range(_FLUSHES)
+    ]
     return found
 
 
@@ -51,6 +55,14 @@ def _service_chains(run: Run) -> Iterator[str]:
     lines = run.stage.lab.node.run([save, "-t", rules.NAT]).stdout.splitlines()
     names = (line[1:].partition(" ")[0] for line in lines if line.startswith(":KUBE-SVC-"))
     return iter([name for name in names if len(name) == len("KUBE-SVC-") + 16])
+
+
+def _seconds_without_dns(run: Run, fault: list[str]) -> float:
+    run.stage.lab.node.run(fault)
+    done = time.perf_counter()
+    answered = run.stage.client.wait(stage.DNS_IP, bool, port=stage.DNS_PORT)
+    wait_idle(run.proxy)
+    return answered - done
 
 
 def _repair_seconds(run: Run, fault: list[str]) -> float:

@@ -102,19 +102,23 @@ def daemon(
 
 
 def initial_sync(run: Run, started: float) -> Samples:
-    """Time from the start of the process until the last Service answers."""
-    waiting = list(run.stage.last)
+    """Time from the start of the process until DNS, and until the last Service answers."""
+    waiting = [
+        (stages.DNS_IP, stages.DNS_PORT),
+        *((ip, stages.SERVICE_PORT) for ip in run.stage.last),
+    ]
+    answered: list[float] = []
 
     def is_done() -> bool:
-        if run.stage.client.ask(waiting[0], stages.SERVICE_PORT, patience_s=0.02):
+        if run.stage.client.ask(*waiting[0], patience_s=0.02):
             waiting.pop(0)
+            answered.append(time.perf_counter())
         return not waiting
 
     # Not Client.wait: this notices a daemon that ends, and shows its log.
     run.proxy.wait(is_done, _START_LIMIT_S)
-    answered = time.perf_counter()
     run.proxy.wait_synced(_START_LIMIT_S)
-    return {"sync": [answered - started]}
+    return {"sync_dns": [answered[0] - started], "sync": [answered[-1] - started]}
 
 
 def bare_restores(run: Run) -> Samples:

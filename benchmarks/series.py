@@ -37,6 +37,7 @@ _US: Final = 1e6
 
 ROWS: Final = (
     Row("initial sync, process start to last Service", "sync", median, "s"),
+    Row("initial sync, process start to DNS", "sync_dns", median, "s"),
     Row("bare iptables-legacy-restore of the same rules", "bare_all", median, "s"),
     Row("one endpoint changed, p50", "change", median, "ms", _MS),
     Row("one endpoint changed, p99", "change", p99, "ms", _MS),
@@ -61,6 +62,7 @@ ROWS: Final = (
             ("rename", "a chain renamed"),
             ("jump", "a jump deleted"),
             ("flush", "nat flushed"),
+            ("flush_dns", "DNS after a flush of nat"),
         )
         for name, statistic in (("p50", median), ("max", max))
     ),

@@ -21,6 +21,8 @@ ENDPOINTS: Final = 5
 SERVICE_PORT: Final = 80
 TARGET_PORT: Final = 8080
 NODE_PORT: Final = 30080
+DNS_IP: Final = "172.30.255.10"
+DNS_PORT: Final = 53
 # The pods of the made-up nodes (builders.cluster): 10.1.0.0/16 to 10.3.0.0/16.
 _POD_CIDRS: Final = ("10.1.0.0/16", "10.2.0.0/16", "10.3.0.0/16")
 _FIRST_CLUSTER_IP: Final = (172 << 24) + (30 << 16) + 1
@@ -118,7 +120,7 @@ def build(size: int) -> Iterator[Stage]:
             undo.enter_context(contextlib.closing(Client(lab.remote_pods[1]))),
         )
         with stage.api() as api:
-            for obj in _node_port_service():
+            for obj in (*_node_port_service(), *_dns()):
                 api.create(obj)
         yield stage
 
@@ -143,6 +145,14 @@ def _node_port_service() -> tuple[Json, Json]:
     return (
         builders.make_service("outer", cluster_ip="172.30.255.1", type="NodePort", ports=[port]),
         builders.make_slice("outer", endpoints=[f"10.1.251.{n + 1}" for n in range(ENDPOINTS)]),
+    )
+
+
+def _dns() -> tuple[Json, Json]:
+    port = builders.make_port(DNS_PORT, targetPort=TARGET_PORT)
+    return (
+        builders.make_service("kube-dns", namespace="kube-system", cluster_ip=DNS_IP, ports=[port]),
+        builders.make_slice("kube-dns", namespace="kube-system", endpoints=["10.1.251.11"]),
     )
 
 

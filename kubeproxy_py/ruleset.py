@@ -75,7 +75,7 @@ class Ruleset:
         is_large = self._endpoints > rules.LARGE_CLUSTER_ENDPOINTS
         if is_large != self.options.is_large:
             self.options = msgspec.structs.replace(self.options, is_large=is_large)
-            states = {name: old.state for name, old in self._services.items()} | dict(states)
+            states = {**self.states(), **states}
         for name, state in states.items():
             self._replace(name, state)
         self._apply_dispatch()
@@ -203,6 +203,10 @@ class Ruleset:
     def state(self, name: ServiceName) -> ServiceState | None:
         """Return the state that *name* has rules for; None: it has none."""
         return self._services.get(name, _NO_SERVICE).state
+
+    def states(self) -> dict[ServiceName, ServiceState | None]:
+        """Return the states of all Services that have rules, or could have some."""
+        return {name: service.state for name, service in self._services.items()}
 
     def names(self) -> Iterable[ServiceName]:
         """Return the Services that have rules, or could have some."""

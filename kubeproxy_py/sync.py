@@ -7,16 +7,17 @@ an error nothing is assumed about the kernel; it is read again before anything i
 """
 
 import contextlib
+import functools
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Final, Protocol
 
 import msgspec
 import structlog
 
-from kubeproxy_py import audit, conntrack, drift, echoes, failures, rules, urgency
-from kubeproxy_py.dispatch import SHARED, ChainId
+from kubeproxy_py import audit, conntrack, drift, echoes, failures, repairs, rules, urgency
+from kubeproxy_py.dispatch import NAT_SERVICES, ChainId
 from kubeproxy_py.errors import BatchRejected, IptablesError, LockTimeout
 from kubeproxy_py.iptables import chains, plan
 from kubeproxy_py.iptables.lock import LockWait
@@ -38,9 +39,7 @@ _TABLES: Final = (rules.FILTER, rules.NAT)
 # How many times one sync may be refused: each names at least one Service, and costs a look at the
 # kernel. What is left is for the next sync.
 _MAX_REFUSALS: Final = 20
-# A flush makes thousands drift; the first few tell what happened.
-_NAMED_CHAINS: Final = 10
-# Of Services that differ, too.
+# Of those that an audit finds to differ, in its log line.
 _NAMED_SERVICES: Final = 10
 
 
@@ -192,6 +191,7 @@ class Syncer:
         # The last sync that succeeded left the kernel as desired: what differs when it is read, others
         # changed, unless we were asked for it since.
         self._is_auditing = False
+        self._repairs = repairs.Repairs()
         self._asked_for: frozenset[ChainId] = frozenset()
         # What the next sync reads of the kernel, where the rest is known; and who touched it.
         self._suspected: frozenset[ChainId] = frozenset()
@@ -308,38 +308,83 @@ class Syncer:
         return changes
 
     def _write_in_stages(self, changes: Changes, started: float) -> SyncResult:
-        """Write what cannot wait as a sync of its own, if there is much besides; then the rest.
-
-        Each stage is a complete ruleset, of fewer Services or older ones, and is written like any other.
-        """
-        rest, done = changes, None
+        """Write what cannot wait as a sync of its own, if there is much besides; then the rest."""
+        rest = changes
+        done: list[SyncResult] = []
         try:
-            first, rest = self._stages(changes)
-            if first is not None:
-                done = self._write_what_is_accepted(self._update_ruleset(first), started)
+            done += self._write_essentials(changes, started)
+            urgent, others = self._urgent(changes)
+            if urgent is not None:
+                rest = others
+                done += [self._write_what_is_accepted(self._update_ruleset(urgent), started)]
+                self._before.clear()
+                self._clean_conntrack(self._ruleset)
         except IptablesError:
             # It was taken out of the store, and will not be handed out again.
             self._update_ruleset(rest)
             raise
-        if done is not None:
-            self._before.clear()
-            self._clean_conntrack()
-        result = self._write_what_is_accepted(self._update_ruleset(rest), started)
-        return result if done is None else done.followed_by(result)
+        done += [self._write_what_is_accepted(self._update_ruleset(rest), started)]
+        return functools.reduce(SyncResult.followed_by, done)
 
-    def _stages(self, changes: Changes) -> tuple[Changes | None, Changes]:
-        """Return what is to be written first, if anything, and what then."""
-        if len(changes.services) <= _STAGED_ABOVE:
-            return None, changes
-        if changes.is_everything:
-            if self._live is not None:
-                return None, changes
-            self._saved = self._read_kernel()
-            if any(self._saved.get(table, {}).get(chain) for table, chain in SHARED):
-                # Rules from before serve all Services. Fewer must not take their place.
-                return None, changes
-        elif self._max_batch_rules is None:
+    def _write_essentials(self, changes: Changes, started: float) -> list[SyncResult]:
+        """Where the kernel serves no Service, let it serve those first that all others need.
+
+        After a reboot, or when somebody has flushed nat. Nothing else is built before, or deleted.
+        """
+        if self._live is not None:
+            return []
+        live = self._saved = self._read_kernel()
+        if live.get(NAT_SERVICES.table, {}).get(NAT_SERVICES.chain):
+            # Rules from before serve all Services. Fewer must not take their place.
+            return []
+        known = {} if changes.is_everything else self._ruleset.states()
+        states = {**known, **changes.services}
+        essential = {
+            name: state
+            for name, state in states.items()
+            if state is not None
+            and urgency.is_essential(name, state)
+            and name not in self._quarantine.cases
+        }
+        if len(states) <= _STAGED_ABOVE or not essential:
+            return []
+        few = Ruleset(msgspec.structs.replace(self._ruleset.options, zone=changes.zone))
+        few.apply(essential)
+        self._follow_addresses(few)
+        batches = plan.plan(
+            few.tables,
+            live,
+            groups=few.groups(),
+            # What refuses and drops is not here for others' sake only, and stays as it is.
+            touched=frozenset(
+                chain
+                for chain in few.take_touched()
+                if chain.table == rules.NAT or not live.get(chain.table, {}).get(chain.chain)
+            ),
+            max_rules=self._max_batch_rules,
+        )
+        self._note_repairs(batches, live)
+        try:
+            for batch in batches:
+                self._restore(batch, live, is_full=True)
+        except BatchRejected:
+            # Whose rule it is, is found out when all are written; from what the kernel has then.
+            self._saved = None
+            return []
+        self._clean_conntrack(few)
+        return [self._result(batches, started, is_full=True)]
+
+    def _urgent(self, changes: Changes) -> tuple[Changes | None, Changes]:
+        """Return what is to be written before the rest of many changes, if anything, and that rest.
+
+        Each is a complete ruleset, of older Services in part, and is written like any other.
+        """
+        if (
+            changes.is_everything
+            or len(changes.services) <= _STAGED_ABOVE
             # One exchange of the table costs about the same for one Service as for thousands.
+            or self._max_batch_rules is None
+        ):
             return None, changes
         first: dict[ServiceName, ServiceState | None] = {}
         others: dict[ServiceName, ServiceState | None] = {}
@@ -350,11 +395,9 @@ class Syncer:
             (first if is_urgent else others)[name] = state
         if not first or not others:
             return None, changes
-        # Everything means that what is not in it is gone, so the rest of it is everything again.
-        rest = changes.services if changes.is_everything else others
         return (
             msgspec.structs.replace(changes, services=first),
-            msgspec.structs.replace(changes, services=rest),
+            msgspec.structs.replace(changes, services=others),
         )
 
     def _update_ruleset(self, changes: Changes) -> Collection[ServiceName] | None:
@@ -375,10 +418,13 @@ class Syncer:
         else:
             ruleset.apply(services)
         is_all = changes.is_everything or ruleset.is_large != was_large
+        self._follow_addresses(ruleset)
+        return None if is_all else services
+
+    def _follow_addresses(self, ruleset: Ruleset) -> None:
         addresses = self._effects.node_port_addresses()
         if addresses is not None:
             ruleset.set_node_port_addresses(addresses)
-        return None if is_all else services
 
     def _admitted(self, changes: Changes) -> dict[ServiceName, ServiceState | None]:
         """Return the Services to build: what changed, and what was set aside and is due again."""
@@ -416,6 +462,7 @@ class Syncer:
                     if not self._set_aside(error):
                         raise
                     self._is_auditing = False
+                    self._repairs.forget()
         return self._write(names, started)
 
     def _set_aside(self, error: BatchRejected) -> bool:
@@ -507,21 +554,32 @@ class Syncer:
             touched=touched,
             max_rules=self._max_batch_rules,
         )
-        repairs = self._repairs(batches, asked_for, self._live) if self._is_auditing else ()
+        self._note_repairs(batches, self._live)
         for batch in batches:
             self._restore(batch, self._live, is_full=is_full)
         self._must_compare_all = False
         self._asked_for = frozenset()
+        repaired = self._repairs.take(self._family, self._culprits)
         if self._is_auditing:
             self._is_auditing = False
-            self._tell_drift(repairs)
+            self._tell_drift(repaired)
             if batches and is_full:
                 self._echoes.learn(self._kernel.save(), self._ruleset.tables)
-            elif repairs:
+            elif repaired:
                 self._echoes.learn(self._read(suspected), self._ruleset.tables)
         self._culprits = ()
         if is_full:
             _adopt(self._live, self._ruleset.tables)
+        return self._result(batches, started, is_full=is_full, repaired=repaired)
+
+    def _result(
+        self,
+        batches: Sequence[plan.Batch],
+        started: float,
+        *,
+        is_full: bool,
+        repaired: tuple[drift.Repair, ...] = (),
+    ) -> SyncResult:
         sections = [section for batch in batches for section in batch.sections]
         return SyncResult(
             is_full=is_full,
@@ -532,7 +590,7 @@ class Syncer:
             chains_written=sum(len(section.write) for section in sections),
             chains_deleted=sum(len(section.delete) for section in sections),
             seconds=self._clock() - started,
-            repairs=repairs,
+            repairs=repaired,
             chains_found=self._chains_found or 0 if self.programmed is None else 0,
         )
 
@@ -602,36 +660,13 @@ class Syncer:
         self._metrics.iptables_restores.labels(family).inc()
         self._metrics.iptables_restore_lines.labels(family).inc(batch.line_count)
 
-    def _repairs(
-        self, batches: list[plan.Batch], asked_for: frozenset[ChainId], live: chains.Tables
-    ) -> tuple[drift.Repair, ...]:
-        """Return what *batches* write though no change of ours asked for it, by table and kind."""
-        found: dict[tuple[str, drift.Kind], set[str]] = {}
-        for section in (section for batch in batches for section in batch.sections):
-            table = section.table
-            for jump in section.insert:
-                found.setdefault((table, "jump_removed"), set()).add(jump.builtin)
-            for chain in {*section.write, *section.delete}:
-                if ChainId(table, chain) not in asked_for:
-                    kind = drift.kind_of(
-                        live.get(table, {}).get(chain),
-                        self._ruleset.tables.get(table, {}).get(chain),
-                    )
-                    found.setdefault((table, kind), set()).add(chain)
-        return tuple(
-            drift.Repair(
-                family=self._family,
-                table=table,
-                kind=kind,
-                count=len(names),
-                chains=tuple(sorted(names)[:_NAMED_CHAINS]),
-                culprits=self._culprits,
-            )
-            for (table, kind), names in found.items()
-        )
+    def _note_repairs(self, batches: Sequence[plan.Batch], live: chains.Tables) -> None:
+        if self._is_auditing:
+            desired, asked_for = self._ruleset.tables, self._asked_for
+            self._repairs.note(batches, live=live, desired=desired, asked_for=asked_for)
 
-    def _tell_drift(self, repairs: tuple[drift.Repair, ...]) -> None:
-        for repair in repairs:
+    def _tell_drift(self, repaired: tuple[drift.Repair, ...]) -> None:
+        for repair in repaired:
             labels = (repair.table, repair.family.value)
             self._metrics.iptables_chains_repaired.labels(*labels).inc(repair.count)
             self._metrics.iptables_drift.labels(*labels, repair.kind).inc(repair.count)
@@ -670,7 +705,7 @@ class Syncer:
         self._effects.publish_health_checks({} if self.is_restored else ruleset.health_checks())
         if result.is_full:
             self._effects.release_memory()
-        self._clean_conntrack()
+        self._clean_conntrack(ruleset)
         self._has_stale_udp = False
         say = log.info if result.batches else log.debug
         say(
@@ -706,10 +741,10 @@ class Syncer:
             ),
         )
 
-    def _clean_conntrack(self) -> None:
+    def _clean_conntrack(self, ruleset: Ruleset) -> None:
         # After the restore: before it, the next packet would make the entry anew.
         if self._has_stale_udp:
-            services = self._ruleset.udp_services()
+            services = ruleset.udp_services()
             self._effects.clean_conntrack(lambda: conntrack.frontends(services))
 
     def _observe(self, *, is_full: bool, seconds: float) -> None:

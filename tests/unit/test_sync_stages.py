@@ -1,5 +1,7 @@
 """What is written first when there is much to write, against a kernel with manners."""
 
+import re
+
 import pytest
 
 from kubeproxy_py import rules
@@ -150,6 +152,74 @@ def test_a_failure_to_read_before_the_first_stage_loses_nothing(world):
 
     assert world.own() == own(world.ruleset.tables)
     assert world.ruleset.service_count == 122
+
+
+# A flush -----------------------------------------------------------------------------------------
+
+
+def flush(world, table="nat"):
+    """Do as ``iptables -F`` does: chains stay, without rules."""
+    tables = world.kernel.tables
+    tables[table] = dict.fromkeys(tables[table], ())
+    world.syncer.forget_live()
+
+
+def without_comments(tables):
+    """Return the nat rules without what a large cluster's rules do not say."""
+    return {
+        chain: [re.sub(r'-m comment --comment "[^"]*" ', "", text) for text in texts]
+        for chain, texts in tables["nat"].items()
+        if texts
+    }
+
+
+def test_after_a_flush_the_api_and_dns_come_back_first_and_nothing_goes(world):
+    world.sync()
+    before = world.own()
+    flush(world)
+    seen = snapshots(world.kernel)
+    world.kernel.restored.clear()
+    world.sync()
+
+    wanted = without_comments(desired(*API, *DNS))
+    stage = next(number for number, tables in enumerate(seen) if without_comments(tables) == wanted)
+    assert not any("svc" in text for text in world.kernel.restored[:stage])
+    assert all(tables["nat"].keys() >= before["nat"].keys() for tables in seen)
+    assert world.own() == before
+
+
+def test_what_refuses_stays_while_nat_is_written_again(world):
+    world.put(make_service("nobody", cluster_ip="172.30.200.1"))
+    world.sync()
+    before = world.own()["filter"]
+    assert any("nobody" in rule for rule in before[rules.SERVICES])
+    flush(world)
+    seen = snapshots(world.kernel)
+    world.sync()
+
+    assert seen
+    assert all(tables["filter"] == before for tables in seen)
+
+
+def test_what_a_flush_took_is_told_once_though_it_is_written_in_stages(world, metrics):
+    world.sync()
+    has_rules = sum(map(bool, world.own()["nat"].values()))
+    flush(world)
+    result = world.sync()
+
+    told = {(repair.table, repair.kind): repair.count for repair in result.repairs}
+    assert told == {("nat", "jump_removed"): 3, ("nat", "chain_flushed"): has_rules}
+
+
+def test_dns_that_is_refused_keeps_nobody_else_from_coming_back(world):
+    world.sync()
+    flush(world)
+    world.kernel.refuses = lambda line: "kube-system/kube-dns" in line and line.startswith("-A")
+    world.sync()
+
+    assert [name.name for name, _ in world.quarantined] == ["kube-dns"]
+    assert world.own()["nat"] == own(world.ruleset.tables)["nat"]
+    assert world.ruleset.service_count == 121
 
 
 # Later syncs -------------------------------------------------------------------------------------

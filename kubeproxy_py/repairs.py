@@ -1,0 +1,67 @@
+"""
+What a sync writes that nothing of ours has asked for: who else changed it, and what of it.
+
+Pure. One sync may write a chain more than once, in stages: it counts as what it was found to be first.
+"""
+
+from collections.abc import Collection, Iterable
+from typing import Final
+
+from kubeproxy_py import drift
+from kubeproxy_py.dispatch import ChainId
+from kubeproxy_py.iptables.plan import Batch
+from kubeproxy_py.model import IPFamily, Tables
+
+# A flush makes thousands drift; the first few tell what happened.
+_NAMED_CHAINS: Final = 10
+
+
+class Repairs:
+    """What was put right since this was last told."""
+
+    def __init__(self) -> None:
+        # A built-in chain stands for a jump of ours in it.
+        self._kinds: dict[ChainId, drift.Kind] = {}
+
+    def note(
+        self,
+        batches: Iterable[Batch],
+        *,
+        live: Tables,
+        desired: Tables,
+        asked_for: Collection[ChainId] = (),
+    ) -> None:
+        """Note what *batches* change of *live*, before they do, but for the chains *asked_for*."""
+        for section in (section for batch in batches for section in batch.sections):
+            table = section.table
+            for jump in section.insert:
+                self._kinds.setdefault(ChainId(table, jump.builtin), "jump_removed")
+            for chain in {*section.write, *section.delete}:
+                found = ChainId(table, chain)
+                if found not in asked_for and found not in self._kinds:
+                    has, wants = (tables.get(table, {}).get(chain) for tables in (live, desired))
+                    self._kinds[found] = drift.kind_of(has, wants)
+
+    def forget(self) -> None:
+        """Let nothing have been noted."""
+        self._kinds.clear()
+
+    def take(
+        self, family: IPFamily, culprits: tuple[drift.Culprit, ...]
+    ) -> tuple[drift.Repair, ...]:
+        """Return what was noted, by table and kind, and forget it."""
+        found: dict[tuple[str, drift.Kind], list[str]] = {}
+        for (table, chain), kind in self._kinds.items():
+            found.setdefault((table, kind), []).append(chain)
+        self.forget()
+        return tuple(
+            drift.Repair(
+                family=family,
+                table=table,
+                kind=kind,
+                count=len(names),
+                chains=tuple(sorted(names)[:_NAMED_CHAINS]),
+                culprits=culprits,
+            )
+            for (table, kind), names in found.items()
+        )
