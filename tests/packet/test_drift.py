@@ -268,15 +268,18 @@ def test_a_flush_of_the_whole_ruleset_is_repaired_and_its_author_named(proxy):
 
 def test_the_process_that_deleted_a_rule_is_named(proxy):
     before, chain = proxy.live(), service_chain(proxy)
-    child = []
+    children = []
 
     def delete():
-        child.append(proxy.lab.node.popen([command(proxy), "-t", "nat", "-D", chain, "1"]))
-        child[0].wait(10)
+        children.append(proxy.lab.node.popen([command(proxy), "-t", "nat", "-D", chain, "1"]))
+        children[-1].wait(10)
 
-    lines = repaired(proxy, before, delete)
+    # It is gone within milliseconds: on a busy machine, before it can be asked for its name.
+    while not (lines := repaired(proxy, before, delete)) or lines[-1]["process"] == "unknown":
+        assert len(children) < 5
 
-    assert [(line["process"], line["pid"]) for line in lines] == [(command(proxy), [child[0].pid])]
+    assert [line["pid"] for line in lines] == [[child.pid] for child in children]
+    assert lines[-1]["process"] == command(proxy)
 
 
 @pytest.mark.parametrize("backend", ["nft"], indirect=True)
