@@ -16,7 +16,17 @@ from typing import Final, Protocol
 import msgspec
 import structlog
 
-from kubeproxy_py import audit, conntrack, drift, echoes, failures, repairs, rules, urgency
+from kubeproxy_py import (
+    audit,
+    conntrack,
+    drift,
+    echoes,
+    failures,
+    refusals,
+    repairs,
+    rules,
+    urgency,
+)
 from kubeproxy_py.dispatch import NAT_SERVICES, ChainId
 from kubeproxy_py.errors import BatchRejected, IptablesError, LockTimeout
 from kubeproxy_py.iptables import chains, plan
@@ -467,9 +477,7 @@ class Syncer:
 
     def _set_aside(self, error: BatchRejected) -> bool:
         """Set aside the Services that *error* is about; return whether there are any."""
-        accused = {
-            owner for line in error.refused() if (owner := self._owner(line)) is not None
-        } or self._find_refused(error.batch)
+        accused = refusals.accused(error, self._ruleset, self._try)
         for name in sorted(accused):
             refused = self._ruleset.state(name)
             assert refused is not None  # it has a rule in the batch
@@ -488,49 +496,9 @@ class Syncer:
             self._effects.report_quarantined(name, error.reason)
         return bool(accused)
 
-    def _owner(self, line: str) -> ServiceName | None:
-        """Return whose rule or chain *line* of a restore input is about."""
-        verb, _, rest = line.partition(" ")
-        chain, _, rule = rest.partition(" ")
-        if verb.startswith(":"):
-            chain, rule = verb[1:], ""
-        return self._ruleset.owner(chain, rule)
-
-    def _find_refused(self, batch: str) -> set[ServiceName]:
-        """Find out whose rules are refused where no line is named, by halves."""
-        declared = {line[1:].split(" ")[0] for line in batch.splitlines() if line[:1] == ":"}
-        if self._is_refused([]):
-            # The kernel refuses whatever it is given, for lack of memory say: no Service is to blame.
-            return set()
-        refused: set[ServiceName] = set()
-        # Legacy never names a line that the kernel refuses, and exchanges a whole table for each trial:
-        # each Service for itself would take nearly two hours at 10,000 of them (0.66 s each).
-        waiting = [[group for group in self._ruleset.groups() if not declared.isdisjoint(group)]]
-        while waiting:
-            tried = waiting.pop()
-            if not tried or not self._is_refused(tried):
-                continue
-            if len(tried) > 1:
-                middle = len(tried) // 2
-                waiting += [tried[middle:], tried[:middle]]
-                continue
-            owner = self._ruleset.owner(tried[0][0], "")
-            if owner is not None:
-                refused.add(owner)
-        return refused
-
-    def _is_refused(self, groups: Collection[tuple[str, ...]]) -> bool:
-        """Tell whether the kernel refuses the chains of these Services, given nothing besides."""
-        # All that a Service's own chains jump to besides each other is the masquerade mark.
-        wanted = self._ruleset.tables[rules.NAT]
-        names = (rules.MARK_MASQ, *(chain for group in groups for chain in group))
-        trial = plan.Section(rules.NAT, {chain: wanted[chain] for chain in names})
+    def _try(self, batch: plan.Batch) -> None:
         self._effects.beat()
-        try:
-            self._kernel.restore(plan.Batch((trial,)))
-        except BatchRejected:
-            return True
-        return False
+        self._kernel.restore(batch)
 
     def _write(self, names: Collection[ServiceName] | None, started: float) -> SyncResult:
         self._asked_for |= self._ruleset.take_touched()
