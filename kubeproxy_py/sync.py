@@ -531,10 +531,10 @@ class Syncer:
         if self._is_auditing:
             self._is_auditing = False
             self._tell_drift(repaired)
-            if batches and is_full:
-                self._echoes.learn(self._kernel.save(), self._ruleset.tables)
-            elif repaired:
-                self._echoes.learn(self._read(suspected), self._ruleset.tables)
+            if repaired:
+                # What had to be repaired may have been spelt otherwise, no more.
+                found = self._kernel.save() if is_full else self._read(suspected)
+                self._echoes.learn(found, self._ruleset.tables)
         self._culprits = ()
         if is_full:
             _adopt(self._live, self._ruleset.tables)

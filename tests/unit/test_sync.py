@@ -239,6 +239,18 @@ def test_busy_lock_loses_nothing_and_costs_no_second_look(world):
     )
 
 
+def test_a_look_reads_the_kernel_once_where_only_our_own_change_is_written(world):
+    world.listed(make_node(), make_service(), make_slice())
+    world.sync()
+    saves = world.kernel.saves
+    world.put(make_slice(endpoints=["10.180.9.9"]))
+    world.syncer.forget_live()
+    result = world.sync()
+
+    assert (result.batches, result.repairs) == (1, ())
+    assert world.kernel.saves == saves + 1
+
+
 def test_busy_lock_at_the_second_table_of_an_input_leaves_the_first_written(world):
     """Legacy takes the lock for each table anew."""
     jumps = world.kernel.tables["filter"]["FORWARD"]
