@@ -23,8 +23,10 @@ from kubeproxy_py.model import IPFamily
 
 log = structlog.get_logger()
 
-# How often to look while a restore runs. Most are over before the first time.
+# How often to look while a restore runs. Most are over before the first time; who has the lock already,
+# for a big table, is looked at less and less often.
 _LOOK_S: Final = 0.05
+_LONGEST_LOOK_S: Final = 0.4
 # Others hold it for milliseconds, a big table for half a second; longer is worth a line in the log.
 _TOLD_AFTER_S: Final = 1.0
 # A program that was started takes a moment until it asks for the lock, more on a busy machine.
@@ -132,8 +134,9 @@ class LockWatch:
         is_over = threading.Event()
 
         def follow() -> None:
-            while not is_over.wait(_LOOK_S):
-                self.look(pid)
+            pause_s = _LOOK_S
+            while not is_over.wait(pause_s):
+                pause_s = min(2 * pause_s, _LONGEST_LOOK_S) if self.look(pid) else _LOOK_S
 
         self.start()
         thread = threading.Thread(target=follow, name="lock-watch", daemon=True)
@@ -150,15 +153,15 @@ class LockWatch:
             # Otherwise this one takes up the wait of the one before, which gave up.
             self._began = self._counted_until = self._clock()
 
-    def look(self, pid: int) -> None:
-        """See whether process *pid*, a restore of ours, waits for somebody."""
+    def look(self, pid: int) -> bool:
+        """See whether process *pid*, a restore of ours, waits for somebody; return whether it has the lock."""
         holders = self._find()
         if any(holder.pid == pid for holder in holders):
             self.finish(has_lock=True)
-            return
+            return True
         now = self._clock()
         if not holders and now - self._began < _UNSEEN_AFTER_S:
-            return
+            return False
         self._count(now, holders)
         if not self._is_told and now - self._began >= _TOLD_AFTER_S:
             self._is_told = True
@@ -170,6 +173,7 @@ class LockWatch:
                 holder=str(self.wait),
                 pid=[holder.pid for holder in holders],
             )
+        return False
 
     def finish(self, *, has_lock: bool) -> None:
         """Say that the restore got the lock, or gave up waiting for it."""

@@ -131,6 +131,15 @@ def world(metrics):
     return world
 
 
+def test_who_has_the_lock_need_not_be_watched_closely(world):
+    world.holders = (OTHER,)
+    assert not world.watch.look(CHILD.pid)
+    world.holders = ()
+    assert not world.watch.look(CHILD.pid)
+    world.holders = (CHILD,)
+    assert world.watch.look(CHILD.pid)
+
+
 def test_a_wait_is_counted_while_it_lasts_and_told_once_after_a_second(world):
     said = [world.look(OTHER, at=seconds) for seconds in (0.05, 0.9, 1.0, 2.0)]
 
