@@ -11,6 +11,7 @@ from benchmarks import drift, figures, flows, publish, report
 from benchmarks import stage as stages
 from benchmarks.results import Cell, Layout, Results
 from tests.support.netns import Backend
+from tests.support.proxy import compile_program
 
 _SIZES = (100, 1_000, 5_000, 10_000, 30_000)
 # Around 32 and 64 entries, where --dispatch=auto changes between the layouts.
@@ -77,6 +78,7 @@ def _choice(*known: str) -> Callable[[str], tuple[str, ...]]:
 
 def _measure(results: Results, options: argparse.Namespace) -> list[str]:
     """Measure all that is asked for into *results*; return what could not be measured."""
+    compile_program()
     began = time.monotonic()
     failures = []
     runs = []

@@ -1,5 +1,7 @@
 """The daemon under test: a real process in a namespace, its log, its pages, its end."""
 
+import compileall
+import functools
 import http.client
 import json
 import subprocess
@@ -10,6 +12,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final
 
+import kubeproxy_py
 from kubeproxy_py.iptables import chains
 from kubeproxy_py.model import IPFamily
 from tests.support.addresses import PLANS
@@ -29,6 +32,12 @@ def own_rules(tables: chains.Tables) -> dict[tuple[str, str], tuple[str, ...]]:
         for name, texts in found.items()
         if chains.is_ours(table, name) and name != chains.PROBE
     }
+
+
+@functools.cache
+def compile_program() -> None:
+    """Compile the daemon's modules, as they are where it is installed, once for all its starts."""
+    compileall.compile_dir(str(Path(kubeproxy_py.__file__).parent), quiet=1)
 
 
 class Proxy:
@@ -166,6 +175,7 @@ def running(
     environ: Mapping[str, str] = MappingProxyType({}),
 ) -> Iterator[Proxy]:
     """Run the daemon, with *environ* besides the tests' own, and kill it if it runs at the end."""
+    compile_program()
     proxy = Proxy(lab, backend, log, arguments, environ)
     try:
         yield proxy
