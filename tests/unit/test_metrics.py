@@ -1,8 +1,10 @@
 """Metrics as dashboards and alerts made for kube-proxy expect them."""
 
 import pytest
-from prometheus_client import generate_latest
+from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
+
+from kubeproxy_py.metrics import Metrics
 
 FAMILY = ("ip_family",)
 TABLE = ("ip_family", "table")
@@ -116,3 +118,12 @@ def test_no_metric_tells_when_it_was_created(metrics):
 def test_all_names_are_ours_or_the_client_library_s(metrics):
     for name in families(metrics):
         assert name.startswith(("kubeproxy_", "rest_client_"))
+
+
+def test_metrics_on_two_registries_count_for_themselves(metrics):
+    other = Metrics(CollectorRegistry())
+    metrics.endpoint_changes.inc()
+    name = "kubeproxy_sync_proxy_rules_endpoint_changes_total"
+
+    assert metrics.registry.get_sample_value(name) == 1
+    assert other.registry.get_sample_value(name) == 0
