@@ -85,6 +85,11 @@ class Traffic:
     )  # of labels of Services; without requirements: all
     state_file: str = ""  # "": none
 
+    @property
+    def selects(self) -> Callable[[Mapping[str, str]], bool] | None:
+        """Tell by a Service's labels whether it is shown; None: all are."""
+        return self.selector.matches if self.selector.requirements else None
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:

@@ -75,7 +75,7 @@ class Effects(msgspec.Struct, frozen=True, kw_only=True):
     #: Local addresses on which node ports are served; None: all, by the kernel's own judgement.
     node_port_addresses: Callable[[], tuple[str, ...] | None]
     #: Called before the first rules are written and whenever the kernel has been read again.
-    prepare: Callable[[], None]
+    prepare: Callable[[], object]
     #: Called after each successful sync with the health check node ports there should be.
     publish_health_checks: Callable[[dict[ServiceName, HealthCheck]], None]
     #: Called after a successful sync if UDP endpoints changed; must not block.

@@ -11,7 +11,8 @@ PACKAGE = Path(__file__).parents[2] / "kubeproxy_py"
 READERS = {
     "ask.py": "facts that `check` shows",
     "conntrack.py": "when the last clean-up ended",
-    "daemon.py": "when this process began; how old the state file's state is",
+    "daemon.py": "when this process began",
+    "families.py": "how old the state file's state is",
     "health.py": "times in bodies",
     "keeper.py": "when the state was saved",
     "pages.py": "how long this process has run",
