@@ -104,7 +104,7 @@ class Families:
         self._watch_addresses()
         self._families = {
             family: Family(
-                _open(kernel.programs, watcher, self._around.metrics),
+                _announced(kernel.programs, watcher, self._around.metrics),
                 kernel.programs,
                 self._around,
                 has_watcher=watcher is not None,
@@ -388,7 +388,10 @@ class Family:
         self._around.health.add_readiness(f"{name}-{self._family.value}", check)
 
 
-def _open(programs: runner.Programs, watcher: Watcher | None, metrics: Metrics) -> runner.Iptables:
+def _announced(
+    programs: runner.Programs, watcher: Watcher | None, metrics: Metrics
+) -> runner.Iptables:
+    """Return the kernel's tables, with each write known to whoever would take it for another's."""
     return runner.Iptables(
         programs,
         own=watcher.own if watcher else None,

@@ -87,7 +87,7 @@ class Traffic:
 
     @property
     def selects(self) -> Callable[[Mapping[str, str]], bool] | None:
-        """Tell by a Service's labels whether it is shown; None: all are."""
+        """Return what tells by a Service's labels whether it is shown; None: all are."""
         return self.selector.matches if self.selector.requirements else None
 
 
