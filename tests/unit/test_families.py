@@ -128,13 +128,16 @@ def test_a_family_that_cannot_be_programmed_says_why_and_writes_nothing(world):
 
 def test_rules_are_made_of_what_the_probe_has_found(world):
     world.kernel.refuses = lambda line: "-m recent" in line
-    world.life.stop.set()
-    world.family.run()
+    world.listed(make_service(sessionAffinity="ClientIP"), make_slice())
+    world.life.spawn("sync-IPv4", world.family.run)
+    world.news.get(timeout=DEADLINE_S)
 
     (found,) = world.found
     assert found.lacks == {"recent", "nfacct"}
     (shown,) = world.gatherer.status().families
     assert shown.missing_capabilities == ("nfacct", "recent")
+    # Left out, where it would have been refused.
+    assert (shown.services, shown.quarantined) == (1, ())
 
 
 def test_a_family_that_is_told_to_stop_while_it_is_built_does_not_sync(world):
