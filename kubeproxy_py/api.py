@@ -441,7 +441,7 @@ def _refusal(response: Response, request: _Request) -> errors.ApiError:
         except errors.ApiUnavailable:
             body = b""
     try:
-        message = msgspec.json.decode(body, type=_Status).message
+        message = _STATUS_DECODER.decode(body).message
     except UNREADABLE:
         message = ""
     message = message[:MAX_TOLD] or body[:200].decode(errors="replace").strip()
@@ -455,6 +455,10 @@ class _Status(msgspec.Struct):
     """The part of a meta/v1 Status that says what is wrong."""
 
     message: str = ""
+
+
+# Before there are threads, see watch.py.
+_STATUS_DECODER: Final = msgspec.json.Decoder(_Status)
 
 
 def _interruptible(

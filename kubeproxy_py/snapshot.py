@@ -81,6 +81,9 @@ class _Content(msgspec.Struct):
 
 # Sets in a fixed order: what did not change is not written again.
 _ENCODER: Final = msgspec.json.Encoder(order="deterministic")
+# Before there are threads, see watch.py.
+_HEADER_DECODER: Final = msgspec.json.Decoder(_Header)
+_CONTENT_DECODER: Final = msgspec.json.Decoder(_Content)
 
 
 def identity(*facts: object) -> str:
@@ -133,12 +136,12 @@ def parse(data: bytes, *, node: str, identity: str) -> Snapshot:
     try:
         if not newline or len(head) > _MAX_HEADER:
             raise Unusable("it has no header")
-        header = msgspec.json.decode(head, type=_Header)
+        header = _HEADER_DECODER.decode(head)
     except (msgspec.MsgspecError, RecursionError) as error:
         raise Unusable("its header is not readable") from error
     _check_header(header, packed, node=node, identity=identity)
     try:
-        content = msgspec.json.decode(_unpack(packed), type=_Content)
+        content = _CONTENT_DECODER.decode(_unpack(packed))
     except (msgspec.MsgspecError, RecursionError) as error:
         raise Unusable(f"its content is not readable: {error}") from error
     if content.node.name != node:

@@ -7,6 +7,7 @@ boot's are taken: the counters that they go on from ended with the last one.
 
 import contextlib
 from pathlib import Path
+from typing import Final
 
 import msgspec
 import structlog
@@ -46,6 +47,10 @@ class State(msgspec.Struct, frozen=True):
     boards: dict[str, dict[str, Board]] = {}
 
 
+# Before there are threads, see watch.py.
+_DECODER: Final = msgspec.json.Decoder(State)
+
+
 class StateFile:
     """The file. Nothing here raises: a disk that fails costs the totals and nothing else."""
 
@@ -61,7 +66,7 @@ class StateFile:
             return State()
         try:
             with self._path.open("rb") as file:
-                state = msgspec.json.decode(file.read(_MAX_BYTES), type=State)
+                state = _DECODER.decode(file.read(_MAX_BYTES))
         except FileNotFoundError:
             return State()
         except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:

@@ -140,7 +140,7 @@ class Watcher:
         self._selectors = dict(_SELECTORS[kind])
         if kind == "Node":
             self._selectors["fieldSelector"] = f"metadata.name={node_name}"
-        self._decoder = msgspec.json.Decoder(objects.TYPES[kind])
+        self._decoder = _DECODERS[kind]
         # Stretched by up to two in _pause.
         self._exponential = tenacity.wait_exponential(multiplier=pause_s, max=15)
 
@@ -474,7 +474,7 @@ class Watcher:
 
     def _error(self, raw: msgspec.Raw) -> errors.ApiError:
         try:
-            status = msgspec.json.decode(raw, type=_Status)
+            status = _STATUS_DECODER.decode(raw)
         except api.UNREADABLE:
             status = _Status(message="an error event without a readable Status")
         text = f"cannot watch {self._kind}: {status.code}: {status.message[: api.MAX_TOLD]}"
@@ -561,7 +561,7 @@ class Watcher:
 
     def _identify(self, raw: msgspec.Raw) -> "_Unreadable":
         try:
-            metadata = msgspec.json.decode(raw, type=_Identity).metadata
+            metadata = _IDENTITY_DECODER.decode(raw).metadata
         except api.UNREADABLE:
             return _Unreadable(_NOBODY)
         return _Unreadable(
@@ -627,8 +627,13 @@ class _Listing:
         self.unreadable.discard(key)
 
 
+# All of them before there are threads: msgspec (0.22) learns a type when it is first asked for, and while
+# one thread does that, others that ask for the same type get it half done, and the process crashes.
 _EVENT_DECODER: Final = msgspec.json.Decoder(_Event)
 _PAGE_DECODER: Final = msgspec.json.Decoder(_Page)
+_STATUS_DECODER: Final = msgspec.json.Decoder(_Status)
+_IDENTITY_DECODER: Final = msgspec.json.Decoder(_Identity)
+_DECODERS: Final = {kind: msgspec.json.Decoder(found) for kind, found in objects.TYPES.items()}
 
 
 def _key(decoded: objects.Object) -> Key:

@@ -51,6 +51,10 @@ class _Review(msgspec.Struct, frozen=True):
     status: _Status = _Status()
 
 
+_VERSION_DECODER: Final = msgspec.json.Decoder(_Version)
+_REVIEW_DECODER: Final = msgspec.json.Decoder(_Review)
+
+
 def has_source(settings: Settings, environ: Mapping[str, str] = os.environ) -> bool:
     """Tell whether anything says where an API server would be."""
     return bool(
@@ -92,7 +96,7 @@ def _answers(connection: api.Connection, facts: ApiFacts, clock: Callable[[], fl
     except ApiError as error:
         return replace(facts, failure=str(error))
     try:
-        version = msgspec.json.decode(body, type=_Version).gitVersion
+        version = _VERSION_DECODER.decode(body).gitVersion
     except msgspec.MsgspecError:
         return replace(facts, failure=f"{facts.server} answers, but not as an API server")
     facts = replace(facts, version=version, clock_ahead_s=ahead_s)
@@ -112,7 +116,7 @@ def _may(connection: api.Connection, verb: str, group: str, resource: str) -> bo
         "spec": {"resourceAttributes": {"verb": verb, "group": group, "resource": resource}},
     }
     answer = connection.post(_REVIEWS, asked)
-    return msgspec.json.decode(answer, type=_Review).status.allowed
+    return _REVIEW_DECODER.decode(answer).status.allowed
 
 
 def _ahead_s(date: str | None, now: float) -> float | None:

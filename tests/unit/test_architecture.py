@@ -23,7 +23,7 @@ def sources(directory: Path) -> Iterator[tuple[Path, ast.Module]]:
         yield path.relative_to(ROOT), ast.parse(path.read_text())
 
 
-def calls(tree: ast.Module) -> Iterator[tuple[str, ast.Call]]:
+def calls(tree: ast.AST) -> Iterator[tuple[str, ast.Call]]:
     """Yield what is called, as it is written, and the call."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Call):
@@ -54,6 +54,34 @@ def test_nobody_sleeps(directory):
         for name, call in calls(tree)
         if name == "time.sleep"
     ] == []
+
+
+# Where one thread alone asks for a type, whenever that is.
+TYPES_OF_ONE_THREAD = {
+    "config_file.py": "read before there are threads",
+    "manifest_objects.py": "the thread that reads files, and commands",
+    "status_socket.py": "a command's",
+}
+
+
+def test_types_are_learned_before_there_are_threads():
+    # watch.py says why: two threads that are the first to decode a type crash the process.
+    found = {
+        path.name
+        for path, tree in sources(PACKAGE)
+        for name, call in calls(tree)
+        if name == "msgspec.convert"
+        or (name == "msgspec.json.decode" and any(key.arg == "type" for key in call.keywords))
+    } | {
+        path.name
+        for path, tree in sources(PACKAGE)
+        for function in ast.walk(tree)
+        if isinstance(function, ast.FunctionDef | ast.Lambda)
+        for name, _ in calls(function)
+        if name == "msgspec.json.Decoder"
+    }
+
+    assert found == TYPES_OF_ONE_THREAD.keys()
 
 
 def test_every_metric_is_set_by_someone(metrics):
