@@ -214,7 +214,8 @@ class Keeper:
                 "snapshot.offered",
                 message="the API server has not answered; used where there are no rules",
                 path=str(self._file.path),
-                age_s=round(self._now() - last.saved_at, 1),
+                # Not negative: boards without a battery begin each day in 1970.
+                age_s=max(0.0, round(self._now() - last.saved_at, 1)),
                 services={
                     family.value: len(found) for family, found in last.state.services.items()
                 },

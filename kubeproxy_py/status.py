@@ -140,7 +140,7 @@ class Gatherer:
             )
             for family, parts in sorted(self._families.items(), key=_by_name)
         )
-        watches = tuple(watch_status(state(), now) for state in self._watches)
+        watches = tuple(watch_status(state()) for state in self._watches)
         file = self.state_file()
         state_file = None if file is None else state_file_status(file, families)
         unreadiness = self._unreadiness()
@@ -258,15 +258,16 @@ def state_file_status(file: FileState, families: Iterable[FamilyStatus]) -> Stat
     )
 
 
-def watch_status(state: WatchState, now: float) -> WatchStatus:
-    """Return one watch's part of the document; *now* is Unix time."""
-    last = state.last_event_at
+def watch_status(state: WatchState) -> WatchStatus:
+    """Return one watch's part of the document."""
+    last, silent_s = state.last_event_at, state.silent_for_s
     return WatchStatus(
         kind=state.kind,
         objects=state.objects,
         resource_version=state.resource_version,
         last_event_at=None if last is None else _time(last),
-        is_stale=last is not None and now - last > _STALE_S,
+        silent_seconds=None if silent_s is None else round(silent_s, 3),
+        is_stale=silent_s is not None and silent_s > _STALE_S,
         failing_seconds=state.failing_for_s,
         error=state.error,
     )

@@ -153,6 +153,7 @@ class WatchStatus(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
     resource_version: str
     last_event_at: Moment | None
     is_stale: bool
+    silent_seconds: float | None = None
     failing_seconds: float | None = None
     error: str = ""
 

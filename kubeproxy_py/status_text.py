@@ -46,7 +46,7 @@ def status_text(status: Status, colour: Colour = plain) -> str:
         lines += ["", *_family_lines(family, status.now)]
     if status.watches:
         lines += ["", "watches"]
-        lines += _columns([_watch_row(watch, status.now) for watch in status.watches])
+        lines += _columns([_watch_row(watch) for watch in status.watches])
     lines += _listed("addresses that get no rules", status.refused_addresses)
     lines += _listed("served, but it takes what is somebody else's", status.doubts)
     return "\n".join(lines)
@@ -204,12 +204,12 @@ def _audit_text(audit: AuditStatus) -> str:
     return f"{text}, {audit.services_differed} differed: a bug, please report it"
 
 
-def _watch_row(watch: WatchStatus, now: datetime) -> tuple[str, str]:
+def _watch_row(watch: WatchStatus) -> tuple[str, str]:
     if watch.failing_seconds is not None:
         return watch.kind, f"failing for {age_text(watch.failing_seconds)}: {watch.error}"
-    if watch.last_event_at is None:
+    if watch.silent_seconds is None:
         return watch.kind, "nothing has come yet"
-    text = f"{watch.objects}, last event {_age(now, watch.last_event_at)} ago"
+    text = f"{watch.objects}, last event {age_text(watch.silent_seconds)} ago"
     if watch.resource_version:
         text += f", at resourceVersion {watch.resource_version}"
     return watch.kind, f"{text}, STALE" if watch.is_stale else text

@@ -70,12 +70,13 @@ _NOBODY: Final[Key] = ("", "")
 
 
 class WatchState(msgspec.Struct, frozen=True, kw_only=True):
-    """Where a watch stands; times are Unix times."""
+    """Where a watch stands."""
 
     kind: Kind
     objects: int
     resource_version: str  # "": nothing has been listed completely
-    last_event_at: float | None  # when the server last sent anything; None: never
+    last_event_at: float | None  # Unix time when the server last sent anything; None: never
+    silent_for_s: float | None  # how long ago that was, whatever became of the wall clock since
     failing_for_s: float | None  # None: it does not fail
     error: str  # why it failed last, while it fails
 
@@ -160,6 +161,7 @@ class Watcher:
         self._warned_at: float | None = None
         # For those who ask how it goes.
         self._last_event_at: float | None = None
+        self._heard_at: float | None = None
         self._error_text = ""
 
     def run(self) -> None:
@@ -176,13 +178,14 @@ class Watcher:
 
     def state(self) -> WatchState:
         """Return where it stands. From any thread; waits for nobody."""
-        failing_since = self._failing_since
+        failing_since, heard_at, now = self._failing_since, self._heard_at, self._clock()
         return WatchState(
             kind=self._kind,
             objects=len(self._known),
             resource_version=self._resource_version,
             last_event_at=self._last_event_at,
-            failing_for_s=None if failing_since is None else self._clock() - failing_since,
+            silent_for_s=None if heard_at is None else max(0.0, now - heard_at),
+            failing_for_s=None if failing_since is None else now - failing_since,
             error="" if failing_since is None else self._error_text,
         )
 
@@ -211,7 +214,7 @@ class Watcher:
         return self._exponential(state) * (1 + self._random())
 
     def _note_life(self) -> None:
-        self._last_event_at = self._now()
+        self._last_event_at, self._heard_at = self._now(), self._clock()
         self._last_line.set(self._last_event_at)
         self._heard()
 

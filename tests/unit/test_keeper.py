@@ -43,8 +43,14 @@ class Kept:
             node="node1",
             identity="id",
             stop=self.stop,
-            now=lambda: 1000.0,
-            **{"grace_s": 0.0, "settle_s": 0.0, "interval_s": 0.0, "listing_s": 0.0, **options},
+            **{
+                "grace_s": 0.0,
+                "settle_s": 0.0,
+                "interval_s": 0.0,
+                "listing_s": 0.0,
+                "now": lambda: 1000.0,
+                **options,
+            },
         )
         self.thread = threading.Thread(target=self.keeper.run)
 
@@ -140,6 +146,15 @@ def test_the_state_is_offered_when_nothing_was_listed_in_time(metrics, prepared)
     (entry,) = [entry for entry in logs if entry["event"] == "snapshot.offered"]
     assert entry["age_s"] == 100.0
     assert entry["services"] == {"IPv4": 1}
+
+
+def test_a_state_of_the_future_has_no_negative_age(metrics, prepared):
+    # A board without a battery begins at 1970.
+    with capture_logs() as logs, Kept(metrics, prepared, now=lambda: 1.0) as kept:
+        until(lambda: any(entry["event"] == "snapshot.offered" for entry in logs))
+
+    assert kept.store.restored_at == 900.0
+    assert [entry["age_s"] for entry in logs if "age_s" in entry] == [0.0]
 
 
 def test_the_state_is_not_offered_when_everything_was_listed_in_time(metrics, prepared):

@@ -62,6 +62,7 @@ WATCH = WatchState(
     objects=3,
     resource_version="304",
     last_event_at=NOW - 10,
+    silent_for_s=10.0,
     failing_for_s=None,
     error="",
 )
@@ -244,8 +245,10 @@ def test_the_input_of_a_failure_is_told_only_where_it_is_asked_for():
     ("fields", "is_stale"),
     [
         ({}, False),
-        ({"last_event_at": NOW - 301}, True),
-        ({"last_event_at": None}, False),
+        ({"silent_for_s": 301.0}, True),
+        # The wall clock has been put forward.
+        ({"last_event_at": NOW - 3600}, False),
+        ({"last_event_at": None, "silent_for_s": None}, False),
     ],
 )
 def test_a_watch_that_is_silent_for_minutes_is_stale(fields, is_stale):

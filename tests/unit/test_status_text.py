@@ -306,7 +306,7 @@ def test_of_many_kinds_of_repairs_the_newest_are_told():
         ({}, "7, last event 40 s ago, at resourceVersion 304"),
         ({"is_stale": True}, "7, last event 40 s ago, at resourceVersion 304, STALE"),
         ({"resource_version": ""}, "7, last event 40 s ago"),
-        ({"last_event_at": None}, "nothing has come yet"),
+        ({"last_event_at": None, "silent_seconds": None}, "nothing has come yet"),
         ({"failing_seconds": 200.0, "error": "refused"}, "failing for 3 min: refused"),
     ],
 )
@@ -316,8 +316,10 @@ def test_a_watch_is_told_in_a_line(fields, told):
             "kind": "Service",
             "objects": 7,
             "resource_version": "304",
-            "last_event_at": ago(40),
+            # The wall clock has been put back since.
+            "last_event_at": ago(-3600),
             "is_stale": False,
+            "silent_seconds": 40.0,
             **fields,
         }
     )

@@ -960,6 +960,7 @@ def test_who_asks_is_told_where_a_watch_stands(server, follow):
 
     assert (state.kind, state.objects, state.failing_for_s, state.error) == ("Service", 1, None, "")
     assert abs(time.time() - state.last_event_at) < 60
+    assert 0 <= state.silent_for_s < 60
 
 
 def test_a_watch_that_fails_says_for_how_long_and_why(server, follow):
@@ -970,4 +971,5 @@ def test_a_watch_that_fails_says_for_how_long_and_why(server, follow):
 
     assert state.failing_for_s >= 0
     assert "503" in state.error
-    assert (state.objects, state.resource_version, state.last_event_at) == (0, "", None)
+    assert (state.objects, state.resource_version) == (0, "")
+    assert (state.last_event_at, state.silent_for_s) == (None, None)
