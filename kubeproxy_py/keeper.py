@@ -202,7 +202,7 @@ class Keeper:
 
     def _offer(self) -> None:
         # Read only if it is needed: that takes half a second of a core at 10,000 Services.
-        if self._stop.wait(self._grace_s):
+        if self._stop.wait(self._grace_s) or self._store.is_synced:
             return
         if self._store.has_listed("Node") and self._stop.wait(self._listing_s):
             return

@@ -308,6 +308,13 @@ def test_a_server_that_has_told_of_the_node_has_longer(metrics, prepared):
     assert kept.store.restored_at is None
 
 
+def test_what_was_listed_in_time_is_saved_without_more_waiting(metrics, path):
+    kept = Kept(metrics, path, listing_s=1000.0)
+    kept.listed(*ITEMS)
+    with kept:
+        until(lambda: kept.names() == {"web"})
+
+
 def test_a_server_that_has_told_of_the_node_has_not_for_ever(metrics, prepared):
     kept = Kept(metrics, prepared, listing_s=0.0)
     kept.store.replace("Node", [states.decode(make_node("node1"))])
