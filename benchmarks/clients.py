@@ -5,13 +5,13 @@ import json
 import select
 import socket
 import struct
-import threading
 import time
 import urllib.parse
 from collections.abc import Callable
 from types import TracebackType
 from typing import Any, Final, Self
 
+from tests.support.background import Background, Rest
 from tests.support.netns import Namespace
 
 Json = dict[str, Any]
@@ -160,41 +160,19 @@ def _collection(obj: Json) -> str:
     return f"/apis/discovery.k8s.io/v1/namespaces/{namespace}/endpointslices"
 
 
-class Churn:
-    """Calls *step* at a steady *rate* per second on a thread, as long as the ``with`` block lasts."""
+class Churn(Background):
+    """Calls *step* at a steady *rate* per second."""
 
     def __init__(self, rate: float, step: Callable[[], None]) -> None:
         """Prepare; the first step is taken when the block is entered."""
+        super().__init__(self._repeat, name="churn")
         self._rate = rate
         self._step = step
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="churn", daemon=True)
-        self._error: Exception | None = None
         self.steps = 0
 
-    def _run(self) -> None:
+    def _repeat(self, rest: Rest) -> None:
         started = time.monotonic()
-        try:
-            # Against the clock, not with a fixed pause: late steps are made up for.
-            while not self._stop.wait(
-                max(0.0, started + self.steps / self._rate - time.monotonic())
-            ):
-                self._step()
-                self.steps += 1
-        except Exception as error:  # noqa: BLE001 - raised by the thread that closes the block
-            self._error = error
-
-    def __enter__(self) -> Self:
-        self._thread.start()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._stop.set()
-        self._thread.join(30)
-        if self._error is not None and error is None:
-            raise self._error
+        # Against the clock, not with a fixed pause: late steps are made up for.
+        while not rest(max(0.0, started + self.steps / self._rate - time.monotonic())):
+            self._step()
+            self.steps += 1

@@ -9,7 +9,6 @@ import dataclasses
 import os
 import signal
 import subprocess
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,6 +22,7 @@ from benchmarks.stage import Stage
 from kubeproxy_py import host
 from kubeproxy_py.model import IPFamily
 from tests.support import proxy as proxies
+from tests.support.background import Background, Rest
 from tests.support.netns import Backend, Namespace, iptables_programs
 from tests.support.proxy import Proxy
 from tests.support.traffic import wait_until
@@ -321,22 +321,14 @@ def _looks(proxy: Proxy) -> _Looks:
     )
 
 
-@contextlib.contextmanager
-def _scrapes(proxy: Proxy) -> Iterator[None]:
+def _scrapes(proxy: Proxy) -> Background:
     """Scrape every second, so that as many looks are made as the daemon allows."""
-    stop = threading.Event()
 
-    def scrape() -> None:
-        while not stop.wait(1.0):
+    def scrape(rest: Rest) -> None:
+        while not rest(1.0):
             proxy.get("/metrics")
 
-    thread = threading.Thread(target=scrape)
-    thread.start()
-    try:
-        yield
-    finally:
-        stop.set()
-        thread.join()
+    return Background(scrape, name="scrapes")
 
 
 def restart(run: Run) -> Samples:

@@ -31,6 +31,7 @@ from e2e.cluster import Cluster, ClusterError, Execution
 from kubeproxy_py.model import IPFamily
 from tests.support import addresses, schemas
 from tests.support.agnhost import STARTED_FILE
+from tests.support.background import Background, Rest
 from tests.support.builders import make_node
 from tests.support.netns import Backend, Lab, Namespace
 
@@ -67,7 +68,6 @@ class LabCluster:
         self._manifests = self._directory / "manifests"
         self._manifests.mkdir()
         self._numbers = itertools.count(1)
-        self._stopped = threading.Event()
         self._lock = threading.RLock()
         # Under the lock:
         self._free = {
@@ -90,12 +90,9 @@ class LabCluster:
             )
         for name in self._nodes:
             self._start_proxy(name)
-        self._kubelet = threading.Thread(target=self._look_after_pods, name="kubelet", daemon=True)
-        self._kubelet.start()
+        self._undo.enter_context(Background(self._look_after_pods, name="kubelet"))
 
     def close(self) -> None:
-        self._stopped.set()
-        self._kubelet.join(10)
         self._undo.close()
 
     # What tests call -------------------------------------------------------------------------------
@@ -262,8 +259,8 @@ class LabCluster:
                 stderr=log,
             )
 
-    def _look_after_pods(self) -> None:
-        while not self._stopped.wait(_TICK_S):
+    def _look_after_pods(self, rest: Rest) -> None:
+        while not rest(_TICK_S):
             with self._lock:
                 for key, obj in list(self._objects.items()):
                     if key[0] == "Pod":

@@ -2,12 +2,11 @@
 
 import contextlib
 import random
-import threading
 from collections.abc import Sequence
-from types import TracebackType
-from typing import Final, Self
+from typing import Final
 
 from tests.support.api_server import ApiServer
+from tests.support.background import Background, Rest
 from tests.support.duos import web
 from tests.support.netns import Namespace
 
@@ -17,39 +16,20 @@ NUMBERS: Final = range(2, 42)
 _PAUSE_S: Final = 0.005
 
 
-class Storm:
-    """Changes one Service after the other in a thread, for as long as the ``with`` block lasts."""
+class Storm(Background):
+    """Changes one Service after the other; what was changed stays when it ends."""
 
     def __init__(self, api: ApiServer, pods: Sequence[Namespace], seed: int) -> None:
         """Endpoints are taken from *pods*; the same *seed* makes the same changes."""
+        super().__init__(self._change, name="storm")
         self._api = api
         self._pods = pods
         self._random = random.Random(seed)
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="storm", daemon=True)
         #: How many changes there were.
         self.changes = 0
 
-    def end(self) -> None:
-        """Change nothing more; what was changed stays."""
-        self._stop.set()
-        self._thread.join(30)
-        assert not self._thread.is_alive()
-
-    def __enter__(self) -> Self:
-        self._thread.start()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.end()
-
-    def _run(self) -> None:
-        while not self._stop.wait(_PAUSE_S):
+    def _change(self, rest: Rest) -> None:
+        while not rest(_PAUSE_S):
             number = self._random.choice(NUMBERS)
             items = web(number, *self._random.sample(self._pods, self._random.randint(0, 3)))
             if self._random.random() < 0.3:

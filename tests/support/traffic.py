@@ -20,6 +20,7 @@ from typing import Final, Literal, NamedTuple, Self
 
 from kubeproxy_py.model import Protocol
 from tests.support import sctp, servers
+from tests.support.background import Background, Rest
 from tests.support.netns import Namespace
 
 Kind = Literal["answered", "refused", "timeout", "unreachable", "reset"]
@@ -189,8 +190,8 @@ class Tick(NamedTuple):
     outcome: Outcome
 
 
-class Ticker:
-    """Connects again and again on a thread, for as long as the ``with`` block lasts.
+class Ticker(Background):
+    """Connects again and again.
 
     One attempt follows the other: while one waits for an answer, no other is started.
     """
@@ -218,17 +219,15 @@ class Ticker:
                 is seen as a failure instead of being repaired by TCP's first retransmission.
             max_ticks: a bound for tests that hang: the thread ends after so many attempts.
         """
+        super().__init__(self._tick, name=f"ticker {dst}")
         self._connect: Callable[[], Outcome] = lambda: connect(
             ns, dst, port, protocol, timeout_s=timeout_s
         )
         self._interval_s = interval_s
         self._max_ticks = max_ticks
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, name=f"ticker {dst}", daemon=True)
         self._changed = threading.Condition()
         # Guarded by _changed:
         self._ticks: list[Tick] = []
-        self._error: Exception | None = None
 
     @property
     def ticks(self) -> list[Tick]:
@@ -266,37 +265,15 @@ class Ticker:
             lambda ticks: sum(tick.started_at >= now for tick in ticks) >= n, timeout_s=timeout_s
         )
 
-    def _run(self) -> None:
-        try:
-            for _ in range(self._max_ticks):
-                started_at = time.monotonic()
-                outcome = self._connect()
-                with self._changed:
-                    self._ticks.append(Tick(started_at, outcome))
-                    self._changed.notify_all()
-                if self._stop.wait(self._interval_s):
-                    return
-        except Exception as error:  # noqa: BLE001 - raised by the thread that closes the block
+    def _tick(self, rest: Rest) -> None:
+        for _ in range(self._max_ticks):
+            started_at = time.monotonic()
+            outcome = self._connect()
             with self._changed:
-                self._error = error
-
-    def __enter__(self) -> Self:
-        self._thread.start()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._stop.set()
-        self._thread.join(timeout=30)
-        if error is None and self._thread.is_alive():
-            raise AssertionError("the ticker's last attempt has not ended within 30 s")
-        with self._changed:
-            if self._error and error is None:
-                raise self._error
+                self._ticks.append(Tick(started_at, outcome))
+                self._changed.notify_all()
+            if rest(self._interval_s):
+                return
 
 
 def wait_until(
