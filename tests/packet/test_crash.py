@@ -8,24 +8,13 @@ import pytest
 
 from kubeproxy_py.model import IPFamily
 from tests.support import storm
-from tests.support.api_server import ApiServer
-from tests.support.builders import make_node
-from tests.support.duos import node_ips, service_ip, web
+from tests.support.duos import service_ip, web
 from tests.support.proxy import own_rules, running
 from tests.support.traffic import Ticker
 
 pytestmark = pytest.mark.packet
 
 DEADLINE_S = 90
-
-
-@pytest.fixture
-def api(clean_lab):
-    with clean_lab.node.entered():
-        server = ApiServer()
-    with server:
-        server.apply(make_node("node1", ips=node_ips()))
-        yield server
 
 
 @pytest.mark.parametrize("kills", [4, pytest.param(100, marks=pytest.mark.soak)])

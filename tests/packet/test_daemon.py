@@ -11,7 +11,7 @@ from kubeproxy_py.model import IPFamily
 from tests.support.addresses import PLANS
 from tests.support.api_server import ApiServer
 from tests.support.builders import cluster, make_endpoint, make_node, make_service, make_slice
-from tests.support.proxy import HEALTH_PORT, Proxy, own_rules, running
+from tests.support.proxy import HEALTH_PORT, own_rules, running
 from tests.support.traffic import connect
 
 pytestmark = pytest.mark.packet
@@ -28,23 +28,6 @@ def api(clean_lab):
     with server:
         server.apply(make_node("node1"))
         yield server
-
-
-@pytest.fixture
-def start(clean_lab, backend, api, tmp_path):
-    """Start the daemon against the API server; give a function, since some tests start it twice."""
-    kubeconfig = api.kubeconfig(tmp_path / "kubeconfig")
-    started = []
-
-    def start(*arguments) -> Proxy:
-        log = tmp_path / f"log-{len(started)}"
-        context = running(clean_lab, backend, log, f"--kubeconfig={kubeconfig}", *arguments)
-        started.append(context)
-        return context.__enter__()
-
-    yield start
-    for context in started:
-        context.__exit__(None, None, None)
 
 
 def service_chains(tables):

@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from kubeproxy_py.model import IPFamily
-from tests.support import containers, manifests, rbac
+from tests.support import containers, kubeadm, manifests, rbac
 from tests.support.addresses import PLANS
 from tests.support.api_server import ApiServer
 from tests.support.builders import make_node, make_service, make_slice
@@ -18,77 +18,19 @@ pytestmark = pytest.mark.packet
 
 V4 = PLANS[IPFamily.V4]
 
-# What kubeadm writes (app/phases/addons/proxy), but for conntrack: a namespace of the lab does not own
-# nf_conntrack_max, and kubeadm leaves kube-proxy's default.
-KUBEADM_CONFIG = f"""\
-apiVersion: kubeproxy.config.k8s.io/v1alpha1
-bindAddress: 0.0.0.0
-bindAddressHardFail: false
-clientConnection:
-  acceptContentTypes: ""
-  burst: 0
-  contentType: ""
-  kubeconfig: /var/lib/kube-proxy/kubeconfig.conf
-  qps: 0
-clusterCIDR: {V4.cluster_cidr}
-configSyncPeriod: 0s
-conntrack:
-  maxPerCore: 0
-  min: 0
-  tcpBeLiberal: false
-  tcpCloseWaitTimeout: 0s
-  tcpEstablishedTimeout: 0s
-  udpStreamTimeout: 0s
-  udpTimeout: 0s
-detectLocal:
-  bridgeInterface: ""
-  interfaceNamePrefix: ""
-detectLocalMode: ""
-enableProfiling: false
-healthzBindAddress: ""
-hostnameOverride: ""
-iptables:
-  localhostNodePorts: null
-  masqueradeAll: false
-  masqueradeBit: null
-  minSyncPeriod: 0s
-  syncPeriod: 0s
-ipvs:
-  excludeCIDRs: null
-  minSyncPeriod: 0s
-  scheduler: ""
-  strictARP: false
-  syncPeriod: 0s
-  tcpFinTimeout: 0s
-  tcpTimeout: 0s
-  udpTimeout: 0s
-kind: KubeProxyConfiguration
-logging:
-  flushFrequency: 0
-  options:
-    json:
-      infoBufferSize: "0"
-    text:
-      infoBufferSize: "0"
-  verbosity: 0
-metricsBindAddress: ""
-mode: ""
-nftables:
-  masqueradeAll: false
-  masqueradeBit: null
-  minSyncPeriod: 0s
-  syncPeriod: 0s
-nodePortAddresses: null
-oomScoreAdj: null
-portRange: ""
-showHiddenMetricsForVersion: ""
-winkernel:
-  enableDSR: false
-  forwardHealthCheckVip: false
-  networkName: ""
-  rootHnsEndpointName: ""
-  sourceVip: ""
-"""
+
+def kubeadm_config():
+    """Return what kubeadm writes, for the lab."""
+    document = yaml.safe_load(kubeadm.CONFIG)
+    document["clusterCIDR"] = V4.cluster_cidr
+    # A namespace of the lab does not own nf_conntrack_max, which kubeadm leaves at kube-proxy's default.
+    document["conntrack"] |= {
+        "maxPerCore": 0,
+        "min": 0,
+        "tcpCloseWaitTimeout": "0s",
+        "tcpEstablishedTimeout": "0s",
+    }
+    return yaml.safe_dump(document)
 
 
 def kubeadm_kubeconfig(server):
@@ -155,7 +97,7 @@ class Deployed:
             if obj["kind"] == "ConfigMap"
         }
         config_maps["kube-proxy"] = {
-            "config.conf": KUBEADM_CONFIG,
+            "config.conf": kubeadm_config(),
             "kubeconfig.conf": kubeadm_kubeconfig(server),
         }
         self.volumes = directory / "volumes"

@@ -4,23 +4,12 @@ import subprocess
 
 import pytest
 
-from tests.support.api_server import ApiServer
-from tests.support.builders import make_node
-from tests.support.duos import addresses, answers, node_ips, web
+from tests.support.duos import addresses, answers, web
 from tests.support.proxy import HEALTH_PORT, running
 
 pytestmark = pytest.mark.packet
 
 DEADLINE_S = 60
-
-
-@pytest.fixture
-def api(clean_lab):
-    with clean_lab.node.entered():
-        server = ApiServer()
-    with server:
-        server.apply(make_node("node1", ips=node_ips()))
-        yield server
 
 
 @pytest.fixture

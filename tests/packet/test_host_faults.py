@@ -1,5 +1,6 @@
 """A host that fails: programs gone or hanging, no descriptors, a black hole on the way."""
 
+import functools
 import os
 import resource
 import shutil
@@ -15,9 +16,8 @@ from kubeproxy_py import api as api_connection
 from kubeproxy_py import watch
 from kubeproxy_py.metrics import Metrics
 from kubeproxy_py.model import IPFamily
-from tests.support.api_server import ApiServer
-from tests.support.builders import make_node, make_service
-from tests.support.duos import addresses, answers, node_ips, web
+from tests.support.builders import make_service
+from tests.support.duos import addresses, answers, web
 from tests.support.netns import iptables_programs
 from tests.support.proxy import HEALTH_PORT, running
 from tests.support.traffic import wait_until
@@ -25,15 +25,6 @@ from tests.support.traffic import wait_until
 pytestmark = pytest.mark.packet
 
 DEADLINE_S = 60
-
-
-@pytest.fixture
-def api(clean_lab):
-    with clean_lab.node.entered():
-        server = ApiServer()
-    with server:
-        server.apply(make_node("node1", ips=node_ips()))
-        yield server
 
 
 @pytest.fixture
@@ -50,21 +41,9 @@ def programs(tmp_path, backend):
 
 
 @pytest.fixture
-def start(clean_lab, backend, api, tmp_path):
-    """Give a function that starts the daemon with short periods; all are killed at the end."""
-    kubeconfig = api.kubeconfig(tmp_path / "kubeconfig")
-    started = []
-
-    def start(*arguments, **environ):
-        flags = [f"--kubeconfig={kubeconfig}", "--iptables-sync-period=1s", *arguments]
-        log = tmp_path / f"log-{len(started)}"
-        context = running(clean_lab, backend, log, *flags, environ=environ)
-        started.append(context)
-        return context.__enter__()
-
-    yield start
-    for context in started:
-        context.__exit__(None, None, None)
+def start(start):
+    """Let the daemon have short periods."""
+    return functools.partial(start, "--iptables-sync-period=1s")
 
 
 def told_s(what, condition):

@@ -1,5 +1,6 @@
 """A node that comes up without an API server: Services answer from the state file."""
 
+import functools
 import json
 import shutil
 import signal
@@ -7,10 +8,8 @@ import time
 
 import pytest
 
-from tests.support.api_server import ApiServer
-from tests.support.builders import make_node
-from tests.support.duos import addresses, answers, names, node_ips, web
-from tests.support.proxy import HEALTH_PORT, own_rules, running
+from tests.support.duos import addresses, answers, names, web
+from tests.support.proxy import HEALTH_PORT, own_rules
 
 pytestmark = pytest.mark.packet
 
@@ -19,29 +18,9 @@ DEADLINE_S = 60
 
 
 @pytest.fixture
-def api(clean_lab):
-    with clean_lab.node.entered():
-        server = ApiServer()
-    with server:
-        server.apply(make_node("node1", ips=node_ips()))
-        yield server
-
-
-@pytest.fixture
-def start(clean_lab, backend, api, tmp_path):
-    """Give a function that starts the daemon with a state file; all are killed at the end."""
-    kubeconfig = api.kubeconfig(tmp_path / "kubeconfig")
-    started = []
-
-    def start(*arguments):
-        flags = [f"--kubeconfig={kubeconfig}", f"--state-file={tmp_path / 'state'}", *arguments]
-        context = running(clean_lab, backend, tmp_path / f"log-{len(started)}", *flags)
-        started.append(context)
-        return context.__enter__()
-
-    yield start
-    for context in started:
-        context.__exit__(None, None, None)
+def start(start, tmp_path):
+    """Let the daemon have a state file."""
+    return functools.partial(start, f"--state-file={tmp_path / 'state'}")
 
 
 def test_a_node_that_reboots_without_an_api_server_has_its_services(

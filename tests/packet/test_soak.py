@@ -9,9 +9,7 @@ from typing import NamedTuple
 import pytest
 
 from tests.support import storm
-from tests.support.api_server import ApiServer
-from tests.support.builders import make_node
-from tests.support.duos import node_ips, web
+from tests.support.duos import web
 from tests.support.proxy import running
 
 pytestmark = pytest.mark.packet
@@ -43,15 +41,6 @@ def sample(pid):
         len(list((proc / "fd").iterdir())),
         int(status["Threads"]),
     )
-
-
-@pytest.fixture
-def api(clean_lab):
-    with clean_lab.node.entered():
-        server = ApiServer()
-    with server:
-        server.apply(make_node("node1", ips=node_ips()))
-        yield server
 
 
 # Python keeps some of the tuples that come and go for later use, up to a few MiB, which takes it about ten
