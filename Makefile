@@ -7,7 +7,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
-# What the daemon, the demo and the tests run (nfacct: only tests); python-iptables is compiled here.
+# What the daemon, the demo and the tests run (nfacct: only tests); python-iptables is compiled here, and
+# so is what shifts a test's wall clock.
 APT := python3-venv python3-dev gcc libc6-dev iptables iproute2 nftables conntrack nfacct openssl ca-certificates
 # What clients in the tests of e2e/ ask with; on a cluster, their image has both.
 APT += curl netcat-openbsd
