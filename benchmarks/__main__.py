@@ -26,12 +26,14 @@ _REPEATS = 3
 # On a running daemon; restart, which ends it, comes last.
 _FIGURES = {"drift": drift.drift, "flows": flows.flows, **figures.FIGURES}
 _PARTS = ("sync", *_FIGURES, "threshold")
+# Ten minutes, and with legacy's large tables many more, for each cell.
+_LONG = ("endurance", "drift")
 
 
 def main(argv: Sequence[str]) -> int:
     """Measure, print, write; the exit status tells of failures, not of goals."""
     options = _parse(argv)
-    results = Results.read(options.load) if options.load else Results(machine=_machine())
+    results = _loaded(options.load) if options.load else Results(machine=_machine())
     failures = [] if options.load else _measure(results, options)
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
@@ -52,14 +54,27 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--only",
         type=_choice(*_PARTS),
-        default=_PARTS,
+        default=tuple(part for part in _PARTS if part not in _LONG),
         help=f"of {','.join(_PARTS)}; sync is part of every run. threshold has sizes of its own, "
-        "and comes alone where nothing else is asked for",
+        f"and comes alone where nothing else is asked for. {','.join(_LONG)} must be asked for",
     )
     parser.add_argument("--json", type=Path, help="write all raw samples")
-    parser.add_argument("--load", type=Path, help="measure nothing: take what --json wrote")
+    parser.add_argument(
+        "--load",
+        type=Path,
+        nargs="+",
+        help="measure nothing: take what --json wrote; of several runs, each adds what those before "
+        "it have not measured",
+    )
     parser.add_argument("--docs", type=Path, help="renew the tables and plots in this directory")
     return parser.parse_args(argv)
+
+
+def _loaded(paths: Sequence[Path]) -> Results:
+    first, *others = map(Results.read, paths)
+    for other in others:
+        first.complete(other)
+    return first
 
 
 def _numbers(text: str) -> tuple[int, ...]:

@@ -9,6 +9,7 @@ import dataclasses
 import os
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -43,6 +44,7 @@ _SMALL: Final = Effort(changes=40, creations=15, budget_s=5.0, churn_s=4.0)
 # A hundred changes make a 99th percentile more than the largest value of a handful.
 _LARGE: Final = Effort(changes=100, creations=20, budget_s=20.0, churn_s=8.0)
 
+_ENDURANCE_S: Final = 600.0
 _MIN_SAMPLES: Final = 5  # even when the budget is spent
 # Between changes, at least: a change should not meet what is left to do for the last.
 _THINK_S: Final = 0.02
@@ -256,6 +258,16 @@ def churn(run: Run) -> Samples:
     return found | {"memory_churned": [_status_mib(run.proxy, "VmRSS")]}
 
 
+def endurance(run: Run) -> Samples:
+    """Let 100 endpoints change every second for ten minutes: what is in memory then."""
+    wait_idle(run.proxy)
+    with _churn(run, 100):
+        # Not to wait for something, but to let time pass: that is what is measured.
+        threading.Event().wait(_ENDURANCE_S)
+    wait_idle(run.proxy)
+    return {"memory_endured": [_status_mib(run.proxy, "VmRSS")]}
+
+
 def conntrack(run: Run) -> Samples:
     """Time the cleaning of a large connection table, and changes meanwhile.
 
@@ -450,6 +462,7 @@ FIGURES: Final[dict[str, Callable[[Run], Samples]]] = {
     "create": create,
     "busy": busy,
     "churn": churn,
+    "endurance": endurance,
     "conntrack": conntrack,
     "traffic": traffic,
     "restart": restart,

@@ -101,7 +101,10 @@ def _connects(results: Results) -> Iterator[Judgement]:
 def _memory(results: Results) -> Iterator[Judgement]:
     for backend in _BACKENDS:
         for size, limit in ((5_000, 100), (10_000, 150)):
-            for series, when in (("memory", "idle"), ("memory_churned", "after churn")):
+            for series, when in (
+                ("memory", "idle"),
+                ("memory_endured", "after ten minutes of churn"),
+            ):
                 if found := _samples(results, size, backend, series):
                     title = f"{backend} {size:,}x5: memory {when}"
                     yield Judgement(title, median(found), limit, "MiB")

@@ -46,6 +46,20 @@ class Results:
             [Cell(**cell) for cell in loaded.get("threshold_cells", [])],
         )
 
+    def complete(self, later: "Results") -> None:
+        """Add those series of another run on the same machine that this one does not have.
+
+        Raises:
+            ValueError: it is of another machine.
+        """
+        if later.machine != self.machine:
+            raise ValueError(f"cannot join runs of {self.machine} and of {later.machine}")
+        for mine, others in ((self, later), (self.threshold, later.threshold)):
+            for other in others.cells:
+                cell = mine.cell(other.size, other.backend, other.layout)
+                for name, values in other.samples.items():
+                    cell.samples.setdefault(name, values)
+
     @property
     def threshold(self) -> "Results":
         """Return what was measured around the threshold, as results of their own; cells are shared."""

@@ -21,6 +21,9 @@ _LOCKED_RETRY_S: Final = 0.2
 # then, or read again, is right.
 _DISTURBED_RETRY_S: Final = 0.05
 _FIRST_RETRY_S: Final = 1.0
+# A look that took t is followed by the next no sooner than this many t later: reading a big node's rules
+# takes a second of a core, for what is hardly ever there.
+_LOOK_EVERY: Final = 50
 
 
 class Pacer:
@@ -34,7 +37,8 @@ class Pacer:
 
         Args:
             retry_s: the longest wait before a failed sync is tried again.
-            audit_s: how long after a sync another is due though nobody asked.
+            audit_s: how long after a sync a look at the whole kernel is due though nobody asked; longer
+                where that takes long.
             min_interval_s: a fixed pause after each sync; None adapts it to what syncs cost.
         """
         self._retry_s = retry_s
@@ -44,6 +48,8 @@ class Pacer:
         self._not_before = float("-inf")
         self._retry_at = float("inf")
         self._look_at = float("inf")
+        self._is_look = False
+        self._look_took_s = 0.0
         self._failures = 0
 
     def request(self, now: float) -> None:
@@ -69,6 +75,7 @@ class Pacer:
         if self._look_at > now:
             return False
         self._look_at = float("inf")
+        self._is_look = True
         return True
 
     def finished(self, now: float, *, took_s: float, outcome: Outcome) -> None:
@@ -77,7 +84,10 @@ class Pacer:
         if outcome == "ok":
             self._failures = 0
             self._retry_at = float("inf")
-            self._look_at = min(self._look_at, now + self._audit_s)
+            if self._is_look:
+                self._look_took_s = took_s
+            look_in_s = max(self._audit_s, _LOOK_EVERY * self._look_took_s)
+            self._look_at = min(self._look_at, now + look_in_s)
         elif outcome == "locked":
             self._retry_at = now + _LOCKED_RETRY_S
         elif outcome == "disturbed":
@@ -88,6 +98,7 @@ class Pacer:
             self._retry_at = now + min(_FIRST_RETRY_S * 2**self._failures, self._retry_s)
             # Bounded, so that a fault that lasts for days does not overflow the power.
             self._failures = min(self._failures + 1, 30)
+        self._is_look = False
         self._not_before = now + pause
 
     def remind(self, at: float) -> None:

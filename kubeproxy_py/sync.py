@@ -60,7 +60,7 @@ class Kernel(Protocol):
     def lock_wait(self) -> LockWait | None: ...
     @property
     def lock_waited_s(self) -> float: ...
-    def save(self) -> chains.Tables: ...
+    def save(self, *, known: chains.Tables | None = None) -> chains.Tables: ...
     def restore(self, batch: plan.Batch) -> None: ...
 
 
@@ -528,16 +528,17 @@ class Syncer:
         self._must_compare_all = False
         self._asked_for = frozenset()
         repaired = self._repairs.take(self._family, self._culprits)
+        desired = self._ruleset.tables
         if self._is_auditing:
             self._is_auditing = False
             self._tell_drift(repaired)
             if repaired:
                 # What had to be repaired may have been spelt otherwise, no more.
-                found = self._kernel.save() if is_full else self._read(suspected)
-                self._echoes.learn(found, self._ruleset.tables)
+                found = self._kernel.save(known=desired) if is_full else self._read(suspected)
+                self._echoes.learn(found, desired)
         self._culprits = ()
         if is_full:
-            _adopt(self._live, self._ruleset.tables)
+            _adopt(self._live, desired)
         return self._result(batches, started, is_full=is_full, repaired=repaired)
 
     def _result(
@@ -564,7 +565,7 @@ class Syncer:
 
     def _read_kernel(self) -> chains.Tables:
         self._effects.prepare()
-        live = self._kernel.save()
+        live = self._kernel.save(known=self._ruleset.tables)
         self._echoes.undo(live)
         if self._chains_found is None:
             self._chains_found = chains.count_ours(live)
@@ -735,11 +736,12 @@ def _leading_to(names: Collection[str], found: chains.Chains) -> Iterator[str]:
 
 
 def _adopt(live: chains.Tables, desired: chains.Tables) -> None:
-    """Keep of *live* only what later plans compare with, sharing the text with *desired*."""
-    for table, live_chains in list(live.items()):
+    """Keep of *live* only what later plans compare with, sharing names and text with *desired*."""
+    for table, live_chains in live.items():
         wanted = desired.get(table, {})
-        live[table] = {
-            name: wanted.get(name, texts)
+        live[table] = {name: texts for name, texts in wanted.items() if name in live_chains} | {
+            name: texts
             for name, texts in live_chains.items()
-            if chains.is_ours(table, name) or name in chains.BUILTIN or name == rules.FIREWALL
+            if name not in wanted
+            and (chains.is_ours(table, name) or name in chains.BUILTIN or name == rules.FIREWALL)
         }

@@ -60,17 +60,55 @@ def count_ours(tables: Tables) -> int:
     return sum(is_ours(table, chain) for table, found in tables.items() for chain in found)
 
 
-def parse_save(lines: Iterable[str], policies: dict[tuple[str, str], str] | None = None) -> Tables:
+class _Reading:
+    """One table, chain by chain: each is complete when the next begins."""
+
+    def __init__(self, table: str, known: Chains) -> None:
+        self.table = table
+        self._known = known
+        self._chains: Chains = {}
+        self._chain = ""
+        self._texts: list[str] = []
+
+    def declare(self, chain: str) -> None:
+        self._chains[chain] = ()
+
+    def add(self, chain: str, rule: str) -> None:
+        if chain != self._chain:
+            self._close()
+            # Where the program was killed, a name may be cut off; such a table has no COMMIT.
+            self._chain, self._texts = chain, list(self._chains.get(chain, ()))
+        self._texts.append(rule)
+
+    def end(self) -> Chains:
+        self._close()
+        return self._chains
+
+    def _close(self) -> None:
+        if self._texts:
+            found, known = tuple(self._texts), self._known.get(self._chain)
+            self._chains[self._chain] = known if known == found else found
+        self._texts = []
+
+
+def parse_save(
+    lines: Iterable[str],
+    policies: dict[tuple[str, str], str] | None = None,
+    known: Tables | None = None,
+) -> Tables:
     """Parse the output of ``iptables-save`` (any number of tables, with or without counters).
 
-    *policies*, if given, receives those of built-in chains by (table, chain).
+    Args:
+        lines: the output.
+        policies: receives those of built-in chains by (table, chain).
+        known: what is probably in it: chains that are the same are returned as they are here, so that
+            a big node's rules are never in memory twice.
 
-    Raises IptablesError for a table of ours that the program could not show: what is in it is not
-    known.
+    Raises:
+        IptablesError: for a table of ours that the program could not show; what is in it is not known.
     """
     tables: Tables = {}
-    rules: dict[str, list[str]] = {}
-    table = ""
+    reading = _Reading("", {})
     for line in lines:
         if line.startswith("["):
             # Counters (iptables-save -c): [packets:bytes] -A CHAIN ...
@@ -81,17 +119,17 @@ def parse_save(lines: Iterable[str], policies: dict[tuple[str, str], str] | None
             if "--nfacct-name  " in rule:
                 # iptables (1.8.9 at least) prints two spaces here.
                 rule = rule.replace("--nfacct-name  ", "--nfacct-name ")
-            # Where the program was killed, a name may be cut off; such a table has no COMMIT.
-            rules.setdefault(chain, []).append(rule)
+            reading.add(chain, rule)
         elif line.startswith(":"):
             chain, policy, *_ = (*line[1:].split(" "), "")
-            rules[chain] = []
+            reading.declare(chain)
             if policies is not None and policy in {"ACCEPT", "DROP"}:
-                policies[table, chain] = policy
+                policies[reading.table, chain] = policy
         elif line.startswith("*"):
-            table, rules = line[1:].strip(), {}
+            table = line[1:].strip()
+            reading = _Reading(table, (known or {}).get(table, {}))
         elif line.startswith("COMMIT"):
-            tables[table] = {chain: tuple(texts) for chain, texts in rules.items()}
+            tables[reading.table] = reading.end()
         elif "is incompatible" in line and any(f"`{ours}'" in line for ours in _EXACT):
             # Rules that only `nft` can show stand in iptables' own table; in raw, say, they are
             # nothing to us.

@@ -231,10 +231,16 @@ class Iptables:
         if done.returncode:
             raise _error(argv, done.returncode, done.stderr)
 
-    def save(self, policies: dict[tuple[str, str], str] | None = None) -> chains.Tables:
-        """Read all tables there are. Raises IptablesError if that is not possible.
+    def save(
+        self,
+        policies: dict[tuple[str, str], str] | None = None,
+        *,
+        known: chains.Tables | None = None,
+    ) -> chains.Tables:
+        """Read all tables there are; see ``chains.parse_save`` for the arguments.
 
-        *policies*, if given, receives those of built-in chains by (table, chain).
+        Raises:
+            IptablesError: that is not possible.
         """
         argv = [self.programs.save]
         # Parsed as it comes: the text of a big node is tens of megabytes, and not needed whole.
@@ -247,7 +253,7 @@ class Iptables:
                 limit = threading.Timer(self._process_limit_s, process.kill)
                 limit.start()
                 try:
-                    tables = chains.parse_save(process.stdout, policies)
+                    tables = chains.parse_save(process.stdout, policies, known)
                     said = process.stderr.read()
                 finally:
                     limit.cancel()

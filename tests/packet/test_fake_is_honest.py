@@ -85,7 +85,7 @@ class Kernel:
         if done.returncode:
             raise BatchRejected(done.stderr)
 
-    def save(self):
+    def save(self, *, known=None):
         saved = self._node.run([self._programs.save]).stdout
         tables = chains.parse_save(saved.splitlines(keepends=True))
         empty = fake_iptables.empty_tables()

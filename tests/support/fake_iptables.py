@@ -94,7 +94,7 @@ class FakeIptables:
         """Forget the restores that are yet to fail."""
         self._restore_failures.clear()
 
-    def save(self) -> Tables:
+    def save(self, *, known: Tables | None = None) -> Tables:
         self.saves += 1
         if self._save_failures:
             raise self._save_failures.popleft()

@@ -143,3 +143,18 @@ def test_policies_of_built_in_chains_are_told_where_they_are_asked_for():
     chains.parse_save(saved.splitlines(), policies)
 
     assert policies == {("filter", "INPUT"): "ACCEPT", ("filter", "FORWARD"): "DROP"}
+
+
+def test_what_is_known_is_not_held_twice():
+    known = {"nat": {"A": ("-j B", "-j C"), "B": ("-j C",)}}
+    lines = "*nat\n:A - [0:0]\n:B - [0:0]\n-A A -j B\n-A A -j C\n-A B -j D\nCOMMIT\n"
+    found = chains.parse_save(lines.splitlines(), known=known)
+
+    assert found == {"nat": {"A": ("-j B", "-j C"), "B": ("-j D",)}}
+    assert found["nat"]["A"] is known["nat"]["A"]
+
+
+def test_a_chain_that_comes_again_goes_on():
+    lines = "*nat\n:A - [0:0]\n-A A -j B\n-A B -j C\n-A A -j D\nCOMMIT\n"
+
+    assert chains.parse_save(lines.splitlines()) == {"nat": {"A": ("-j B", "-j D"), "B": ("-j C",)}}

@@ -96,7 +96,7 @@ class OtherPrinter(FakeIptables):
 
     WORDS = (("--set-xmark 0x4000/0x4000", "--or-mark 0x4000"), ("-m tcp --dport", "--dport"))
 
-    def save(self):
+    def save(self, *, known=None):
         return {
             table: {chain: tuple(map(self._print, texts)) for chain, texts in by_name.items()}
             for table, by_name in super().save().items()

@@ -152,6 +152,17 @@ def test_a_look_is_due_though_something_is_asked_for_all_the_time():
     assert pacer.due_at() == 201
 
 
+def test_a_look_that_takes_long_is_seldom():
+    pacer = Pacer(retry_s=30, audit_s=100)
+    pacer.finished(0, took_s=0, outcome="ok")
+    assert pacer.take_look(100)
+    pacer.finished(110, took_s=10, outcome="ok")
+    # What other syncs take says nothing about it.
+    pacer.finished(120, took_s=1, outcome="ok")
+
+    assert pacer.due_at() == 610
+
+
 def test_a_retry_is_no_reason_to_look():
     pacer = Pacer(retry_s=30, audit_s=100)
     pacer.finished(0, took_s=0, outcome="locked")

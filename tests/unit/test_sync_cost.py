@@ -22,7 +22,7 @@ _FRESH = itertools.count(2)
 class DeafKernel:
     """Takes whatever it is told: a real kernel costs this process nothing either."""
 
-    def save(self):
+    def save(self, *, known=None):
         return {}
 
     def restore(self, text):

@@ -43,7 +43,7 @@ class Kernel:
         self.tables["filter"]["KUBE-SERVICES"] = (rule,)
         self.counts["KUBE-SERVICES"] = (count,)
 
-    def save(self):
+    def save(self, *, known=None):
         if self.error is not None:
             raise self.error
         return {table: dict(chains) for table, chains in self.tables.items()}
