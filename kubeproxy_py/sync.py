@@ -60,6 +60,7 @@ class Kernel(Protocol):
     def lock_wait(self) -> LockWait | None: ...
     @property
     def lock_waited_s(self) -> float: ...
+    def has_rules(self, chain: ChainId) -> bool: ...
     def save(self, *, known: chains.Tables | None = None) -> chains.Tables: ...
     def restore(self, batch: plan.Batch) -> None: ...
 
@@ -307,7 +308,7 @@ class Syncer:
         """
         changes = self._store.take(self._family)
         if changes is None and self._store.restored_at is not None:
-            if not self._wants_restored and _has_services(self._kernel.save()):
+            if not self._wants_restored and self._kernel.has_rules(NAT_SERVICES):
                 return None
             changes = self._store.take_restored(self._family)
             if changes is None:
@@ -343,9 +344,12 @@ class Syncer:
         """
         if self._live is not None:
             return []
+        # Rules from before serve all Services. Fewer must not take their place.
+        if not self._ruleset.service_count and self._kernel.has_rules(NAT_SERVICES):
+            # They are read when those to compare with have been built: in memory once, that is.
+            return []
         live = self._saved = self._read_kernel()
         if live.get(NAT_SERVICES.table, {}).get(NAT_SERVICES.chain):
-            # Rules from before serve all Services. Fewer must not take their place.
             return []
         known = {} if changes.is_everything else self._ruleset.states()
         states = {**known, **changes.services}
@@ -721,10 +725,6 @@ class Syncer:
         self._metrics.sync_duration.labels(family).observe(seconds)
         kind = self._metrics.sync_full_duration if is_full else self._metrics.sync_partial_duration
         kind.labels(family).observe(seconds)
-
-
-def _has_services(live: chains.Tables) -> bool:
-    return bool(live.get(rules.NAT, {}).get(rules.SERVICES))
 
 
 def _leading_to(names: Collection[str], found: chains.Chains) -> Iterator[str]:

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from contextlib import nullcontext as _nothing
 from pathlib import Path
-from typing import IO, Final, Literal, NamedTuple, Protocol
+from typing import IO, Final, Literal, NamedTuple, Protocol, TypeVar
 
 import structlog
 
@@ -28,6 +28,8 @@ from kubeproxy_py.iptables.lock import LockWait, LockWatch
 from kubeproxy_py.model import IPFamily
 
 log = structlog.get_logger()
+
+_T = TypeVar("_T")
 
 Backend = Literal["nft", "legacy"]
 BACKENDS: Final[tuple[Backend, ...]] = ("nft", "legacy")
@@ -242,8 +244,32 @@ class Iptables:
         Raises:
             IptablesError: that is not possible.
         """
-        argv = [self.programs.save]
-        # Parsed as it comes: the text of a big node is tens of megabytes, and not needed whole.
+        return self._read(
+            [self.programs.save], lambda lines: chains.parse_save(lines, policies, known)
+        )
+
+    def has_rules(self, chain: ChainId) -> bool:
+        """Tell whether there is such a chain, and any rule in it; however many others there are.
+
+        Raises:
+            IptablesError: it cannot be read.
+        """
+        if self.backend == "nft":
+            return bool(self.read_chain(chain))
+        if chain.table not in list_legacy_tables(self.family):
+            return False
+        beginning = f"-A {chain.chain} "
+        # To the end: a program whose output nobody reads any more fails.
+        return self._read(
+            [self.programs.save, "-t", chain.table],
+            lambda lines: sum(line.startswith(beginning) for line in lines) > 0,
+        )
+
+    def _read(self, argv: list[str], parse: Callable[[Iterable[str]], _T]) -> _T:
+        """Return what *parse* makes of the lines that a program prints, as they come.
+
+        The text of a big node is tens of megabytes, and not needed whole.
+        """
         try:
             with subprocess.Popen(  # noqa: S603 - fixed argv, no shell
                 argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace"
@@ -253,7 +279,7 @@ class Iptables:
                 limit = threading.Timer(self._process_limit_s, process.kill)
                 limit.start()
                 try:
-                    tables = chains.parse_save(process.stdout, policies, known)
+                    found = parse(process.stdout)
                     said = process.stderr.read()
                 finally:
                     limit.cancel()
@@ -261,7 +287,7 @@ class Iptables:
             raise IptablesError(f"cannot run {argv[0]}: {error.strerror}") from error
         if process.returncode:
             raise _error(argv, process.returncode, said)
-        return tables
+        return found
 
     def restore(self, batch: str | Input, *, test: bool = False) -> None:
         """Commit a restore input, leaving alone what it does not name.
@@ -328,23 +354,24 @@ class Iptables:
         Raises:
             IptablesError: it cannot be read.
         """
+        table = chain.table
         if self.backend == "legacy":
-            argv = [self.programs.save, "-t", chain.table]
+            beginnings = (f":{chain.chain} ", f"-A {chain.chain} ")
+            lines = self._read(
+                [self.programs.save, "-t", table],
+                lambda lines: [line for line in lines if line.startswith(beginnings)],
+            )
         else:
             command = self.programs.save.removesuffix("-save")
-            argv = [command, "-t", chain.table, "-S", chain.chain]
-        done = _run(argv)
-        if any(words in done.stderr for words in _NO_CHAIN):
-            return None
-        if done.returncode:
-            raise _error(argv, done.returncode, done.stderr)
-        lines = done.stdout.splitlines()
-        if self.backend == "legacy":
-            return chains.parse_save(lines).get(chain.table, {}).get(chain.chain)
-        # The first line declares the chain; parse_save knows the rest.
-        return chains.parse_save([f"*{chain.table}", *lines, "COMMIT"])[chain.table].get(
-            chain.chain, ()
-        )
+            argv = [command, "-t", table, "-S", chain.chain]
+            done = _run(argv)
+            if any(words in done.stderr for words in _NO_CHAIN):
+                return None
+            if done.returncode:
+                raise _error(argv, done.returncode, done.stderr)
+            # The first line declares the chain, in another way than save does.
+            lines = [f":{chain.chain} -", *done.stdout.splitlines()]
+        return chains.parse_save([f"*{table}", *lines, "COMMIT"])[table].get(chain.chain)
 
 
 def search_path() -> str:

@@ -100,6 +100,10 @@ class FakeIptables:
             raise self._save_failures.popleft()
         return {table: dict(chains) for table, chains in self.tables.items()}
 
+    def has_rules(self, chain: ChainId) -> bool:
+        """Tell whether there is such a chain, and any rule in it."""
+        return bool(self.tables[chain.table].get(chain.chain))
+
     def read_chain(self, chain: ChainId) -> tuple[str, ...] | None:
         """Return the rules of one chain; None: there is no such chain."""
         texts = self.tables[chain.table].get(chain.chain)

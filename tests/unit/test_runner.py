@@ -7,6 +7,7 @@ import stat
 import pytest
 from structlog.testing import capture_logs
 
+from kubeproxy_py.dispatch import ChainId
 from kubeproxy_py.errors import BackendMissing, BatchRejected, IptablesError, LockTimeout
 from kubeproxy_py.iptables import runner
 from kubeproxy_py.model import IPFamily
@@ -189,6 +190,33 @@ def test_failed_save_is_not_believed_whatever_it_said(iptables, programs, says):
 
     with pytest.raises(IptablesError, match=r"cannot run .*iptables-nft-save: Killed"):
         iptables.save()
+
+
+@pytest.mark.parametrize("backend", ["nft", "legacy"])
+@pytest.mark.parametrize(("chain", "expected"), [("A", True), ("EMPTY", False), ("B", False)])
+def test_it_is_told_whether_a_chain_has_rules(programs, monkeypatch, backend, chain, expected):
+    prefix = f"iptables-{backend}"
+    programs.family(prefix, backend, saved="*nat\n:A - [0:0]\n:EMPTY - [0:0]\n-A A -j B\nCOMMIT\n")
+    programs.write(
+        prefix,
+        says=VERSIONS[backend],
+        # As iptables-nft -t nat -S CHAIN.
+        body='case "$4" in A) echo "-N A"; echo "-A A -j B"; exit;; EMPTY) echo "-N EMPTY"; exit;;'
+        " B) echo 'iptables: No chain/target/match by that name.' >&2; exit 1;; esac",
+    )
+    monkeypatch.setattr(runner, "list_legacy_tables", lambda family: ["nat"])
+    iptables = runner.Iptables(runner.find_programs(V4, backend))
+
+    assert iptables.has_rules(ChainId("nat", chain)) is expected
+
+
+def test_a_legacy_table_that_is_not_there_is_not_made_by_asking(programs, monkeypatch):
+    programs.family("iptables-legacy", "legacy")
+    monkeypatch.setattr(runner, "list_legacy_tables", lambda family: ["filter"])
+    iptables = runner.Iptables(runner.find_programs(V4, "legacy"))
+
+    assert not iptables.has_rules(ChainId("nat", "A"))
+    assert "iptables-legacy-save" not in programs.calls.read_text()
 
 
 def test_save_that_hangs_is_ended(programs):

@@ -22,6 +22,9 @@ _FRESH = itertools.count(2)
 class DeafKernel:
     """Takes whatever it is told: a real kernel costs this process nothing either."""
 
+    def has_rules(self, chain):
+        return False
+
     def save(self, *, known=None):
         return {}
 

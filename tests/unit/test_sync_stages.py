@@ -108,6 +108,27 @@ def test_rules_that_were_there_before_are_never_replaced_by_fewer(metrics):
     assert world.own() == own(world.ruleset.tables)
 
 
+def test_at_a_restart_rules_are_read_when_those_to_compare_with_have_been_built(metrics):
+    """Otherwise all would be in memory twice."""
+    kernel = FakeIptables()
+    first = World(metrics, kernel)
+    first.listed(make_node(), *API, *DNS, *crowd(0, 120))
+    first.sync()
+    seen = []
+    save = kernel.save
+
+    def noting(*, known):
+        seen.append(known["nat"].keys() >= first.own()["nat"].keys())
+        return save(known=known)
+
+    kernel.save = noting
+    world = World(metrics, kernel)
+    world.listed(make_node(), *API, *DNS, *crowd(0, 120))
+
+    assert world.sync().batches == 0
+    assert seen == [True]
+
+
 def test_a_cluster_without_api_and_dns_is_written_in_one_go(metrics):
     world = World(metrics)
     world.listed(make_node(), *crowd(0, 120))
