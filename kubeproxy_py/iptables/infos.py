@@ -119,6 +119,8 @@ class LegacyWatcher:
         self._known: dict[IPFamily, Infos] = {family: {} for family in families}
         self._own: dict[int, IPFamily] = {}  # by process
         self._looked_at = float("-inf")
+        # Who has used the lock since, without changing a size; None: nobody.
+        self._unseen: tuple[Culprit, ...] | None = None
 
     def start(self) -> None:
         """Begin; changes after the return of this are noticed.
@@ -190,10 +192,14 @@ class LegacyWatcher:
             for family in self._known
             if family not in busy and self._has_changed(family)
         }
-        if found or not has_closed or self._clock() - self._looked_at < _CLOSER_LOOK_S:
+        if found:
             return found
-        self._looked_at = self._clock()
-        return dict.fromkeys(self._known, others)
+        if has_closed:
+            self._unseen = tuple(dict.fromkeys((*(self._unseen or ()), *others)))
+        if self._unseen is None or self._clock() - self._looked_at < _CLOSER_LOOK_S:
+            return found
+        unseen, self._unseen, self._looked_at = self._unseen, None, self._clock()
+        return dict.fromkeys(self._known, unseen)
 
     def _others(self) -> tuple[tuple[Culprit, ...], bool]:
         """Return who else used the lock since this was last asked; and whether one is done."""

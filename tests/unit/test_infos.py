@@ -4,7 +4,7 @@ import threading
 
 import pytest
 
-from kubeproxy_py.drift import Suspicion
+from kubeproxy_py.drift import Culprit, Suspicion
 from kubeproxy_py.iptables.infos import LegacyWatcher
 from kubeproxy_py.model import IPFamily
 
@@ -102,3 +102,37 @@ def test_a_kernel_that_cannot_be_asked_any_more_is_no_crash(watcher, infos, told
         pass
 
     assert told.suspicions == []
+
+
+def test_who_used_the_lock_soon_after_a_look_is_looked_at_ten_seconds_after_it(told):
+    """A renamed chain changes no size, and nobody may use the lock again for long."""
+    now = 0.0
+    users = Users()
+    watcher = LegacyWatcher((V4,), told, read=lambda family: {}, clock=lambda: now)
+    watcher._lock_users = users
+    first, second = Culprit("first", 1), Culprit("second", 2)
+    users.told = [(first, True)]
+    assert watcher._look() == {V4: (first,)}
+    now = 5.0
+    users.told = [(second, True)]
+    assert watcher._look() == {}
+    now = 9.0
+    assert watcher._look() == {}
+    now = 10.0
+    assert watcher._look() == {V4: (second,)}
+    now = 30.0
+    assert watcher._look() == {}
+
+
+class Users:
+    """Tells once who has used the lock."""
+
+    def __init__(self):
+        self.told = []
+
+    def read(self):
+        told, self.told = self.told, []
+        return told
+
+    def holders(self):
+        return []
