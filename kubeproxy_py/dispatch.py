@@ -91,8 +91,9 @@ class Dispatch:
             by_chain.setdefault((entry.table, entry.chain), []).append(entry)
         for chain, shared in self._shared.items():
             # Most have an entry in one of these chains, and no more.
-            wants, has = chain in by_chain, name in shared.entries
-            if (wants or has) and shared.replace(name, tuple(by_chain.get(chain, ()))):
+            if chain not in by_chain and name not in shared.entries:
+                continue
+            if shared.replace(name, tuple(by_chain.get(chain, ()))):
                 self._changed.add(chain)
 
     def owner(self, rule: str) -> ServicePortName | None:

@@ -369,7 +369,7 @@ class Syncer:
             few.tables,
             live,
             groups=few.groups(),
-            # What refuses and drops is not here for others' sake only, and stays as it is.
+            # What refuses and drops in filter is there for all Services: it stays as it is.
             touched=frozenset(
                 chain
                 for chain in few.take_touched()

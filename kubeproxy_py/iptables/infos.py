@@ -197,7 +197,7 @@ class LegacyWatcher:
         if has_closed:
             self._unseen = tuple(dict.fromkeys((*(self._unseen or ()), *others)))
         if self._unseen is None or self._clock() - self._looked_at < _CLOSER_LOOK_S:
-            return found
+            return {}
         unseen, self._unseen, self._looked_at = self._unseen, None, self._clock()
         return dict.fromkeys(self._known, unseen)
 
