@@ -80,7 +80,7 @@ def _cpu(results: Results) -> Iterator[Judgement]:
         small = _samples(results, 100, backend, "change_cpu")
         large = _samples(results, 10_000, backend, "change_cpu")
         if small and large:
-            title = f"{backend}: daemon's own CPU per change, 10,000x5 against 100x5"
+            title = f"{backend}: daemon's own CPU per change, p50, 10,000x5 against 100x5"
             yield Judgement(title, median(large) / median(small), 1.5, "times")
 
 
