@@ -58,7 +58,8 @@ log = structlog.get_logger()
 
 # How often to see whether the configuration file has changed.
 _TICK_S: Final = 1.0
-# An API server sends a bookmark about once a minute. Five that are missing are no accident.
+# After two minutes without a word an API server is asked whether it is there (watch.py). One that has
+# not answered by then either is no accident.
 _LONGEST_SILENCE_S: Final = 300.0
 
 

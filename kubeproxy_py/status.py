@@ -42,7 +42,7 @@ from kubeproxy_py.watch import WatchState
 
 # A server that restarts is back by then, and a watch that was cut has been made anew.
 _FAILING_IS_BAD_S: Final = 60.0
-# Bookmarks come about once a minute; the alert KubeProxyWatchStale has the same limit.
+# Whoever is silent is asked after two minutes; the alert KubeProxyWatchSilent has the same limit.
 _STALE_S: Final = 300.0
 # Many hosts do without, and few Services need them.
 _DISPENSABLE: Final = frozenset({"nfacct", "random-fully", "sctp"})

@@ -41,6 +41,8 @@ _SELECTORS: Final[dict[Kind, dict[str, str]]] = {
     "Node": {},
 }
 
+# Refusals of a watch that no waiting cures: asked wrongly, forbidden, not there, not offered.
+_NO_WATCH: Final = frozenset({400, 403, 404, 405, 406, 422})
 _INITIAL_EVENTS_END: Final = "k8s.io/initial-events-end"
 # The message of client-go's IsTooLargeResourceVersion; the Status has no reason of its own for it.
 _TOO_NEW: Final = "Too large resource version"
@@ -55,6 +57,8 @@ _MAX_LINE: Final = 8 << 20
 # A cluster's 100,000 slices in one piece, as a server without streaming lists sends them from its
 # cache: ten times that does not fit into a node, and is no list.
 _MAX_PAGE: Final = 1 << 30
+# A server that is well answers a list of one object at once; this is for one that is busy.
+_ANSWER_S: Final = 15.0
 # In silences. What takes longer is older than what it tells when it arrives.
 _LONGEST_PAGE: Final = 3
 # An outage is one line a minute for each kind, not one for each attempt.
@@ -118,8 +122,9 @@ class Watcher:
             node_name: the only Node to watch; needed for that kind
             beat: called whenever the thread turns, so that one which hangs is missed
             heard: called whenever the server has sent a whole line or page
-            silence_s: reconnect after this long without a complete line. Bookmarks come about once
-                a minute, so a healthy watch is never this quiet; a dead one is quiet for ever.
+            silence_s: reconnect after this long without a complete line, and ask the server whether
+                it is there. Most send bookmarks once a minute; where nothing changes, and etcd has
+                not been told to say so more often, none comes for ten. A dead one is quiet for ever.
             pause_s: the shortest wait after a failure; client-go's, as is the longest, 30 s
             clock: monotonic seconds
             now: seconds since the epoch
@@ -152,6 +157,7 @@ class Watcher:
         # What is known of the server.
         self._can_stream_lists = True
         self._is_stream_doubtful = False
+        self._is_silent = False
         # The connection in progress.
         self._is_connected = False
         self._has_progressed = False
@@ -225,6 +231,11 @@ class Watcher:
             self._resource_version = ""
             self._is_history_lost = True
             log.info("watch.expired", kind=self._kind, error=str(error))
+        elif isinstance(error, api.Refused) and error.status in _NO_WATCH:
+            # What it says to a watch it need not say to a list, as when only that is allowed. A list
+            # with each attempt is what client-go makes of it; not from a cache older than what we have.
+            self._resource_version = ""
+            self._is_history_lost = True
 
     def _reason(self, error: errors.ApiError) -> str:
         match error:
@@ -275,6 +286,8 @@ class Watcher:
     def _converse(self) -> None:
         """Make one step: list, or follow one watch until the server's time limit ends it."""
         if self._resource_version:
+            if self._is_silent:
+                self._ask()
             self._follow(None)
         elif self._can_stream_lists and not self._is_stream_doubtful:
             try:
@@ -282,10 +295,33 @@ class Watcher:
             except api.Refused as error:
                 # 422 from servers before 1.27 or without the WatchList gate; 400 from others.
                 if error.status not in {400, 422}:
+                    # Any other reason to refuse a stream may not hold for a list; but no haste.
+                    self._is_stream_doubtful = error.status != 429
                     raise
                 self._cannot_stream(str(error))
         else:
             self._list_pages()
+
+    def _ask(self) -> None:
+        """Ask a server that sent nothing for long whether it is there, and where it stands.
+
+        A kube-apiserver sends a watch only what is newer than where that began, bookmarks included
+        (its cacher's cacheWatcher). So a watch from before etcd was restored from a backup stays silent
+        for as long as it takes to catch up, days perhaps (kubernetes/kubernetes#107457), and one of
+        objects that do not change until etcd reports progress: every ten minutes, if not told otherwise.
+        """
+        limit_s = min(_ANSWER_S, self._silence_s)
+        # Without a resourceVersion: what etcd has, not what a cache does.
+        page = self._page({**self._selectors, "limit": "1"}, read_timeout_s=limit_s)
+        self._go_back_with(page.metadata.resourceVersion)
+        self._is_silent = False
+
+    def _go_back_with(self, resource_version: str) -> None:
+        if _is_older(resource_version, self._resource_version):
+            raise errors.WatchExpired(
+                f"cannot watch {self._kind}: the server went back from resourceVersion "
+                f"{self._resource_version} to {resource_version}"
+            )
 
     def _follow(self, listing: "_Listing | None") -> None:
         """Read one watch to its end; with a *listing*, the initial state comes first in the stream."""
@@ -315,9 +351,14 @@ class Watcher:
                     if listing is not None and not self._can_stream_lists:
                         return
             except api.Silence:
+                if listing is None:
+                    # Perhaps nothing has happened. Whether it is an outage, asking will tell.
+                    self._is_silent = True
+                    self._reconnects.labels(self._kind, "silent").inc()
+                    return
                 # Perhaps a stalled server, perhaps one that ignores what it does not know and
                 # has nothing more to say: a list by pages works with both.
-                self._is_stream_doubtful = listing is not None
+                self._is_stream_doubtful = True
                 raise
         if listing is not None:
             self._is_stream_doubtful = True
@@ -341,7 +382,11 @@ class Watcher:
         query = {**first, "limit": _PAGE}
         while not self._stop.is_set():
             try:
-                page = self._page(query)
+                page = self._page(query, read_timeout_s=self._silence_s)
+            except api.Refused as error:
+                if error.status != 400 or not self._widen(str(error)):
+                    raise
+                return
             except errors.WatchExpired:
                 if "continue" not in query:
                     raise
@@ -357,9 +402,19 @@ class Watcher:
                 return
             query = {**self._selectors, "limit": _PAGE, "continue": page.metadata.continue_}
 
-    def _page(self, query: dict[str, str]) -> "_Page":
+    def _widen(self, why: str) -> bool:
+        """Give up the field selector of Services; return False if there is none to give up.
+
+        API servers before 1.31 know none for spec.clusterIP, which only spares us headless Services.
+        """
+        if self._kind != "Service" or not self._selectors.pop("fieldSelector", ""):
+            return False
+        log.info("watch.field_selector_refused", kind=self._kind, reason=why)
+        return True
+
+    def _page(self, query: dict[str, str], *, read_timeout_s: float) -> "_Page":
         path = _PATHS[self._kind]
-        with self._connection.get(path, query, read_timeout_s=self._silence_s) as response:
+        with self._connection.get(path, query, read_timeout_s=read_timeout_s) as response:
             body = self._body(response.pieces())
         try:
             page = _PAGE_DECODER.decode(body)
@@ -459,13 +514,7 @@ class Watcher:
     def _bookmark(self, raw: msgspec.Raw, listing: "_Listing | None") -> "_Listing | None":
         mark = self._identify(raw)
         if listing is None:
-            if _is_older(mark.resource_version, self._resource_version):
-                # A watch from the future stays silent until the server catches up, which after
-                # etcd was restored from a backup may take days.
-                raise errors.WatchExpired(
-                    f"cannot watch {self._kind}: the server went back from resourceVersion "
-                    f"{self._resource_version} to {mark.resource_version}"
-                )
+            self._go_back_with(mark.resource_version)
             self._advance(mark.resource_version)
             return None
         if not mark.ends_initial_state:

@@ -62,8 +62,12 @@ def verb_of(request: api_http.Request, route: Route) -> str:
     return verb if bool(route.name) != (verb == "create") else ""
 
 
-def parse_selector(query: dict[str, str], route: Route) -> api_selectors.Selector:
+def parse_selector(
+    query: dict[str, str], route: Route, *, knows_service_fields: bool = True
+) -> api_selectors.Selector:
     supported = route.resource.supported_fields
+    if route.resource.kind == "Service" and not knows_service_fields:
+        supported -= route.resource.fields
     try:
         labels = api_selectors.parse_labels(query.get("labelSelector", ""))
         fields = api_selectors.parse_fields(query.get("fieldSelector", ""), supported=supported)

@@ -20,6 +20,7 @@ from tests.support import (
     api_faults,
     api_http,
     api_requests,
+    api_selectors,
     api_status,
     api_store,
     api_watch,
@@ -49,6 +50,10 @@ class Settings:
     needs_client_certificate: bool = False  # one, or a token
     streaming_lists: bool = True  # False: as without the feature gate WatchList
     bookmark_interval_s: float = 60.0  # kube-apiserver's: about a minute
+    # Whether a watch learns of writes to other resources: etcd's progress reports, every five seconds
+    # in a cluster made by kubeadm, else every ten minutes.
+    has_progress: bool = True
+    service_fields: bool = True  # False: no field selectors for Services' specs, as before 1.31
     # Tells whether a request may be answered; None: everything is allowed.
     authorize: Callable[[api_http.Request, api_requests.Route], bool] | None = None
     version: str = "v1.36.2"  # what /version says
@@ -187,7 +192,7 @@ class Api:
 
     def _list(self, request: api_http.Request, route: api_requests.Route) -> bytes:
         query = request.query
-        selector = api_requests.parse_selector(query, route)
+        selector = self._selector(query, route)
         limit = api_requests.number(query, "limit")
         asked = query.get("resourceVersion", "")
         match_rule = query.get("resourceVersionMatch", "")
@@ -289,9 +294,10 @@ class Api:
             connection,
             self.store,
             route.resource,
-            api_requests.parse_selector(query, route),
+            self._selector(query, route),
             has_bookmarks=api_requests.flag(query, "allowWatchBookmarks"),
             bookmark_interval_s=self.settings.bookmark_interval_s,
+            has_progress=self.settings.has_progress,
             timeout_s=float(api_requests.number(query, "timeoutSeconds")) or _WATCH_TIMEOUT_S,
         )
         with self._changed:
@@ -313,6 +319,13 @@ class Api:
                 self._watches.remove(watch)
                 self._changed.notify_all()
             watch.close()
+
+    def _selector(
+        self, query: dict[str, str], route: api_requests.Route
+    ) -> api_selectors.Selector:
+        return api_requests.parse_selector(
+            query, route, knows_service_fields=self.settings.service_fields
+        )
 
     def _is_streaming_list(self, query: dict[str, str]) -> bool:
         """Return whether this watch begins with a streaming list (KEP-3157). Raises Refusal."""

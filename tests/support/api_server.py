@@ -58,6 +58,8 @@ class ApiServer:
         needs_client_certificate: bool = False,
         streaming_lists: bool = True,
         bookmark_interval_s: float = 60.0,
+        has_progress: bool = True,
+        service_fields: bool = True,
         history: int = _HISTORY,
         realistic: bool = False,
     ) -> None:
@@ -70,7 +72,10 @@ class ApiServer:
             tls: serve https with a certificate of its own authority (needs ``openssl``).
             needs_client_certificate: let in who shows a certificate of that authority or a token.
             streaming_lists: False answers sendInitialEvents as old servers do, with 422.
-            bookmark_interval_s: how often a watch that allows bookmarks gets one.
+            bookmark_interval_s: how often a watch that allows bookmarks gets one, if it is newer than
+                where the watch began.
+            has_progress: False leaves watches' versions alone where only other resources change.
+            service_fields: False knows no field selector for Services' specs, as before 1.31.
             history: changes remembered per resource; reading from further back is 410.
             realistic: give objects managedFields and annotations of realistic size.
         """
@@ -81,6 +86,8 @@ class ApiServer:
             needs_client_certificate=needs_client_certificate,
             streaming_lists=streaming_lists,
             bookmark_interval_s=bookmark_interval_s,
+            has_progress=has_progress,
+            service_fields=service_fields,
         )
         self._api = api_rest.Api(
             api_store.Store(history=history, is_realistic=realistic), self.settings
@@ -318,6 +325,11 @@ class ApiServer:
         Open watches go on: they have read it already.
         """
         self._api.store.compact()
+
+    def roll_back(self, resource_version: str) -> None:
+        """Restore etcd from a backup of that moment: objects and versions go back, watches are cut."""
+        self._api.store.roll_back(int(resource_version))
+        self.cut_watches()
 
     def expire_next_continue(self) -> None:
         """Answer the next list that has a continue token with 410."""

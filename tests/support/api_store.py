@@ -258,6 +258,16 @@ class Store:
             for shelf in self._shelves.values():
                 shelf.compacted = self._version
 
+    def roll_back(self, version: int) -> None:
+        """Be what was stored at *version*, as an etcd that is restored from a backup of then."""
+        with self._lock:
+            for resource, shelf in self._shelves.items():
+                _, objects = self.snapshot(resource, version)
+                shelf.objects = {stored.key: stored for stored in objects}
+                shelf.changes.clear()
+                shelf.dropped = shelf.compacted = version
+            self._version = version
+
     def _check(self, shelf: _Shelf, version: int) -> None:
         oldest = max(shelf.dropped, shelf.compacted)
         if version < oldest:

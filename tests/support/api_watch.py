@@ -31,6 +31,7 @@ class Watch:
         *,
         has_bookmarks: bool,
         bookmark_interval_s: float,
+        has_progress: bool,
         timeout_s: float,
     ) -> None:
         """Subscribe to the store; ``close`` must be called in the end."""
@@ -40,8 +41,10 @@ class Watch:
         self._selector = selector
         self._has_bookmarks = has_bookmarks
         self._bookmark_interval_s = bookmark_interval_s
+        self._has_progress = has_progress
         self._deadline = time.monotonic() + timeout_s
         self._version = 0  # everything up to here has been sent or did not concern this watch
+        self._told = 0  # a real cacheWatcher leaves out what is not newer, bookmarks included
         self._lock = threading.Lock()
         # Guarded by _lock, because a number that was closed may be somebody else's socket by now:
         self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
@@ -95,6 +98,7 @@ class Watch:
         self._follow()
 
     def _follow(self) -> None:
+        self._told = self._version
         bookmark_at = time.monotonic() + self._bookmark_interval_s
         with selectors.DefaultSelector() as selector:
             selector.register(self._wake_fd, selectors.EVENT_READ)
@@ -104,7 +108,8 @@ class Watch:
                 if self._is_ending or now >= self._deadline:
                     break
                 if self._has_bookmarks and now >= bookmark_at:
-                    self._send(self._bookmark({}))
+                    if self._version > self._told:
+                        self._send(self._bookmark({}))
                     bookmark_at = now + self._bookmark_interval_s
                 until = min(self._deadline, bookmark_at) if self._has_bookmarks else self._deadline
                 ready = selector.select(max(0.0, until - now))
@@ -138,9 +143,11 @@ class Watch:
         return True
 
     def _send_changes(self, *, is_first: bool = False) -> None:
-        self._version, changes = self._store.changes_after(
+        version, changes = self._store.changes_after(
             self.resource, self._version, is_first=is_first
         )
+        if changes or self._has_progress:
+            self._version = version
         self._send_events(
             event for change in changes if (event := change.seen_through(self._selector))
         )

@@ -437,7 +437,9 @@ def test_bookmarks_come_regularly_to_who_allows_them(watch, server):
 def test_bookmarks_do_not_come_to_who_does_not_allow_them(watch, server):
     server.settings.bookmark_interval_s = 0.01
     without = watch()
-    watch(allowWatchBookmarks="true").events(3)
+    with_them = watch(allowWatchBookmarks="true")
+    server.apply(builders.make_node("node1"))  # what is told must be newer than where it began
+    with_them.events(3)
     server.end_watches()
 
     assert without.line() == b""

@@ -385,8 +385,10 @@ def test_bookmarks_count_as_signs_of_life(serve, follow):
     times = iter(range(1000, 100_000))
     watching = follow(server, now=lambda: next(times))
     last = watching.metrics.watch_last_event_timestamp.labels("Service")._value
-
     # The first is the end of the initial state.
+    until(lambda: last.get() >= 1000)
+    server.apply(builders.make_node("node1"))  # no event here, but a new version
+
     until(lambda: last.get() >= 1002)
 
 
@@ -595,6 +597,20 @@ def test_server_that_went_back_in_time_is_listed_again(server, follow):
     assert watching.reconnects("expired") == 1
 
 
+def test_etcd_restored_from_a_backup_is_noticed_though_the_watch_stays_silent(server, follow):
+    server.apply(builders.make_service("svc1"))
+    backup = server.resource_version
+    server.apply(builders.make_service("svc2"))
+    watching = follow(server, silence_s=0.2)
+    watching.wait_for_names("svc1", "svc2")
+    watching.wait_for_open_watch()
+
+    server.roll_back(backup)
+
+    watching.wait_for_names("svc1")
+    assert watching.reconnects("expired") == 1
+
+
 def test_server_behind_what_was_seen_is_listed_again(server, follow):
     watching = follow(server)
     watching.wait_for_open_watch()
@@ -613,6 +629,23 @@ def test_silent_watch_is_replaced(serve, follow):
     watching.server.apply(builders.make_service("new"))
 
     watching.wait_for_names("new")
+
+
+def test_quiet_server_is_asked_and_no_failure(serve, follow):
+    server = serve(has_progress=False, bookmark_interval_s=0.02)
+    server.apply(builders.make_service("svc1"))
+    heard = []
+    with capture_logs() as logs:
+        watching = follow(server, silence_s=0.2, heard=lambda: heard.append(True))
+        watching.wait_for_open_watch()
+        heard.clear()
+        until(lambda: watching.reconnects("silent") >= 2 and len(heard) >= 2)
+
+    assert "watch.failed" not in {log["event"] for log in logs}
+    assert watching.shelf.count("listed") == 1
+    asked = [request for request in server.requests if request.query.get("limit") == "1"]
+    assert asked
+    assert all("resourceVersion" not in request.query for request in asked)
 
 
 def test_frozen_server_is_followed_again_once_it_thaws(server, follow):
@@ -707,6 +740,32 @@ def test_error_answers_are_waited_out(server, follow, status):
     watching.wait_for_names("svc1")
 
     assert watching.reconnects("refused") == 2
+
+
+def test_who_may_list_but_not_watch_lists_again_and_again(server, follow):
+    server.apply(builders.make_service("svc1"))
+    server.fail(403, verb="watch")
+
+    watching = follow(server)
+    watching.wait_for_names("svc1")
+    server.apply(builders.make_service("svc2"))
+
+    watching.wait_for_names("svc1", "svc2")
+
+
+@pytest.mark.parametrize("streaming_lists", [True, False], ids=["streaming", "pages"])
+def test_server_without_a_field_selector_for_services_is_listed_without(
+    serve, follow, streaming_lists
+):
+    server = serve(service_fields=False, streaming_lists=streaming_lists)
+    server.apply(builders.make_service("svc1"))
+
+    watching = follow(server)
+    watching.wait_for_names("svc1")
+    watching.wait_for_open_watch()
+    server.apply(builders.make_service("svc2"))
+
+    watching.wait_for_names("svc1", "svc2")
 
 
 def test_pauses_grow_and_are_spread(server):
