@@ -10,6 +10,7 @@ once after a 401, because that is the one refusal that fresh credentials can cur
 import functools
 import os
 import socket
+import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -328,6 +329,7 @@ class Connection:
             # kubeconfig said insecure-skip-tls-verify; a warning at each request helps nobody.
             urllib3.disable_warnings(urllib3.exceptions.InsecureRequestWarning)
         pool: urllib3.PoolManager = rest.RESTClientObject(self._configuration).pool_manager
+        pool.connection_pool_kw["ssl_context"] = _tls_context(self._configuration)
         pool.pool_classes_by_scheme = {
             scheme: _interruptible(pool_class, self._begin, self._end)
             for scheme, pool_class in pool.pool_classes_by_scheme.items()
@@ -408,6 +410,21 @@ def _load_in_cluster(environ: Mapping[str, str], directory: Path, configuration:
         environ=environ,
     )
     loader.load_and_set(configuration)  # type: ignore[no-untyped-call]
+
+
+def _tls_context(configuration: Any) -> ssl.SSLContext:
+    """Return what urllib3 makes by itself, but for what Python asks of authorities since 3.13.
+
+    Those of many clusters, EKS for one, lack the key identifiers that RFC 5280 wants and Go does not
+    (kubernetes-client/python#2394).
+    """
+    needed = ssl.CERT_REQUIRED if configuration.verify_ssl else ssl.CERT_NONE
+    context = urllib3.util.ssl_.create_urllib3_context(cert_reqs=needed)
+    context.verify_flags &= ~ssl.VERIFY_X509_STRICT
+    if needed and not configuration.ssl_ca_cert:
+        # urllib3 does so for a context of its own only.
+        context.load_default_certs()
+    return context
 
 
 def _check_url(text: str) -> None:

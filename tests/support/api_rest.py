@@ -320,9 +320,7 @@ class Api:
                 self._changed.notify_all()
             watch.close()
 
-    def _selector(
-        self, query: dict[str, str], route: api_requests.Route
-    ) -> api_selectors.Selector:
+    def _selector(self, query: dict[str, str], route: api_requests.Route) -> api_selectors.Selector:
         return api_requests.parse_selector(
             query, route, knows_service_fields=self.settings.service_fields
         )

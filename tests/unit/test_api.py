@@ -3,14 +3,17 @@
 import json
 import os
 import queue
+import ssl
 import sys
 import threading
 import time
 from contextlib import ExitStack
 
 import pytest
+import urllib3
 import yaml
 from kubernetes.client import configuration as client_configuration
+from urllib3.util import ssl_
 
 from kubeproxy_py import api, errors
 from tests.support import builders
@@ -91,6 +94,24 @@ def test_server_with_a_certificate_of_another_authority_is_not_spoken_to(serve, 
     with pytest.raises(errors.ApiUnavailable, match="certificate verify failed"):
         read(connect(kubeconfig=kubeconfig))
     assert other.requests == []
+
+
+def test_authority_that_only_strict_readers_refuse_is_believed(
+    serve, connect, tmp_path, monkeypatch
+):
+    make = ssl_.create_urllib3_context
+
+    def strict(*args, **settings):
+        # What urllib3 does from Python 3.13 on.
+        context = make(*args, **settings)
+        context.verify_flags |= ssl.VERIFY_X509_STRICT
+        return context
+
+    for module in (ssl_, urllib3.connection):
+        monkeypatch.setattr(module, "create_urllib3_context", strict)
+    kubeconfig = serve(tls=True).kubeconfig(tmp_path / "kubeconfig")
+
+    assert read(connect(kubeconfig=str(kubeconfig)))["kind"] == "ServiceList"
 
 
 def test_certificate_is_not_checked_when_kubeconfig_says_so(serve, connect, tmp_path):
