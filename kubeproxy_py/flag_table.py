@@ -71,7 +71,7 @@ _KUBE_PROXY_FLAGS: Final = (
     Flag("healthz-port", _INTEGER, str(HEALTHZ_PORT), "Port of the health server; 0 switches it off.", is_hidden=True),
     Flag("metrics-port", _INTEGER, str(METRICS_PORT), "Port of the metrics server.", is_hidden=True),
     Flag("bind-address-hard-fail", _BOOLEAN, "false", "Exit if the health or metrics server cannot listen, instead of trying again.", "bind_address_hard_fail"),
-    Flag("profiling", _BOOLEAN, "false", "Serve /debug/pprof and /debug/flags on the metrics port.", "enable_profiling"),
+    Flag("profiling", _BOOLEAN, "false", "Serve /debug/flags/v on the metrics port, which shows and sets the log level.", "enable_profiling"),
     Flag("show-hidden-metrics-for-version", _TEXT, "", "Show metrics that were hidden in this release; only the previous minor version is allowed.", "show_hidden_metrics_for_version"),
     Flag("oom-score-adj", _INTEGER, "-999", "How unwillingly the kernel kills this process when memory is short (-1000 to 1000).", "oom_score_adj"),
     Flag("feature-gates", flag_types.Gates(), "", "Feature gates as NAME=true,NAME=false; may be repeated.", "feature_gates", _RULES),

@@ -121,7 +121,6 @@ class Node(msgspec.Struct, frozen=True, kw_only=True):
     pod_cidrs: tuple[str, ...] = ()
     zone: str = ""  # label topology.kubernetes.io/zone
     is_eligible: bool = True  # neither being deleted nor tainted by the cluster autoscaler
-    exists: bool = True
 
 
 class Problem(msgspec.Struct, frozen=True, kw_only=True):

@@ -22,7 +22,6 @@ class _Object(msgspec.Struct, gc=False):
 class ObjectMeta(_Object):
     name: str = ""
     namespace: str = ""
-    uid: str = ""
     resourceVersion: str = ""
     deletionTimestamp: str | None = None
     labels: dict[str, str] | None = None

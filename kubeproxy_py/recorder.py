@@ -135,7 +135,8 @@ class Recorder:
         self, name: str, *, event_type: EventType, reason: str, action: str, note: str = ""
     ) -> None:
         """Record an Event about the Node *name*."""
-        regarding = {"kind": "Node", "apiVersion": "v1", "name": name}
+        # With its name for a uid, as the kubelet's: `kubectl describe node` asks for that.
+        regarding = {"kind": "Node", "apiVersion": "v1", "name": name, "uid": name}
         self._record(_NODE_NAMESPACE, regarding, event_type, reason, action, note)
 
     def service_event(
@@ -272,10 +273,13 @@ class Recorder:
     def _post(self, series: _Series, count: int, last_ns: int) -> bool:
         """Return False if trying again later may help."""
         assert self._connection is not None
+        regarding = series.event["regarding"]
         repeated: dict[str, object] = {}
         if count > 1:
             repeated["series"] = {"count": count, "lastObservedTime": _micro_time(last_ns)}
         try:
+            if "uid" not in regarding:
+                regarding["uid"] = self._service_uid(regarding)
             if series.posted_count:
                 try:
                     self._connection.patch(f"{series.path}/{series.name}", repeated)
@@ -296,6 +300,39 @@ class Recorder:
             log.debug("recorder.post_failed", error=str(error))
             return False
         return True
+
+
+    def _service_uid(self, regarding: dict[str, str]) -> str:
+        """Return the uid of a Service, by which `kubectl describe` finds Events; "": it is unknown.
+
+        Asked for when it is needed, which is hardly ever: keeping those of all would cost memory.
+        """
+        assert self._connection is not None
+        path = f"/api/v1/namespaces/{regarding['namespace']}/services"
+        # A list, because nodes may list Services and not get them (system:node-proxier).
+        query = {"fieldSelector": f"metadata.name={regarding['name']}"}
+        try:
+            with self._connection.get(path, query) as response:
+                found = _UIDS_DECODER.decode(response.read()).items
+        except (api.Refused, *api.UNREADABLE):
+            return ""
+        return found[0].metadata.uid if found else ""
+
+
+class _Metadata(msgspec.Struct):
+    uid: str = ""
+
+
+class _Object(msgspec.Struct):
+    metadata: _Metadata
+
+
+class _Objects(msgspec.Struct):
+    items: list[_Object] | None = None
+
+
+# Before there are threads, see watch.py.
+_UIDS_DECODER: Final = msgspec.json.Decoder(_Objects)
 
 
 def _micro_time(nanoseconds: int) -> str:

@@ -17,7 +17,12 @@ def events(api):
     """Return the Events on the Node, by reason."""
     found = {}
     for event in api.objects("Event"):
-        if event["regarding"] == {"kind": "Node", "apiVersion": "v1", "name": "node1"}:
+        if event["regarding"] == {
+            "kind": "Node",
+            "apiVersion": "v1",
+            "name": "node1",
+            "uid": "node1",
+        }:
             found.setdefault(event["reason"], []).append(event)
     return found
 

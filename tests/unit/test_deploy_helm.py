@@ -107,6 +107,7 @@ EVERYTHING = {
     "affinity": {},
     "tolerations": [{"key": "x", "operator": "Exists"}],
     "updateStrategy": {"type": "OnDelete", "rollingUpdate": None},
+    "seLinuxOptions": {"type": "spc_t"},
     "resources": {"requests": {"cpu": "1"}, "limits": {"memory": "1Gi"}},
     "podMonitor": {"enabled": True, "interval": "15s", "labels": {"release": "prometheus"}},
     "serviceMonitor": {"enabled": True, "interval": "1m"},
@@ -157,6 +158,7 @@ def test_every_value_has_an_effect():
     assert pod["nodeSelector"] == EVERYTHING["nodeSelector"]
     assert pod["tolerations"] == EVERYTHING["tolerations"]
     assert daemon["resources"]["limits"] == {"memory": "1Gi"}
+    assert daemon["securityContext"]["seLinuxOptions"] == {"type": "spc_t"}
     assert manifests.one(made, "PodMonitor")["metadata"]["labels"]["release"] == "prometheus"
     assert manifests.one(made, "PodMonitor")["spec"]["podMetricsEndpoints"][0]["interval"] == "15s"
     assert manifests.one(made, "ServiceMonitor")["spec"]["endpoints"][0]["interval"] == "1m"
@@ -235,6 +237,12 @@ def test_monitors_select_the_pods_and_their_port():
         spec = manifests.one(made, kind)["spec"]
         selected = labels if kind == "PodMonitor" else service["metadata"]["labels"]
         assert spec["selector"]["matchLabels"].items() <= selected.items()
+        # By which alerts and dashboard select, whatever release, chart and monitor are called.
+        (endpoint,) = spec.get("podMetricsEndpoints") or spec["endpoints"]
+        relabelled = {
+            rule["targetLabel"]: rule.get("replacement") for rule in endpoint["relabelings"]
+        }
+        assert relabelled["job"] == "kubeproxy-py"
     assert service["spec"]["selector"].items() <= labels.items()
     assert service["spec"]["ports"][0]["targetPort"] in ports
 

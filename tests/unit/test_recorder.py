@@ -12,6 +12,7 @@ from structlog.testing import capture_logs
 from kubeproxy_py import api
 from kubeproxy_py.metrics import Metrics
 from kubeproxy_py.recorder import Recorder
+from tests.support import builders
 from tests.support.api_server import ApiServer
 
 # 2026-11-21T02:55:00.123456789Z
@@ -75,7 +76,7 @@ def test_node_event_has_the_shape_of_kube_proxys(server, record):
         "reportingInstance": "kube-proxy-vm",
         "action": "StartKubeProxy",
         "reason": "Starting",
-        "regarding": {"kind": "Node", "apiVersion": "v1", "name": "node1"},
+        "regarding": {"kind": "Node", "apiVersion": "v1", "name": "node1", "uid": "node1"},
         "note": "",
         "type": "Normal",
     }
@@ -93,9 +94,32 @@ def test_service_event_stands_in_the_services_namespace(server, record):
     (event,) = wait_for_events(server, 1)
     assert event["metadata"]["namespace"] == "shop"
     assert event["regarding"] == {
-        "kind": "Service", "apiVersion": "v1", "namespace": "shop", "name": "web",
+        "kind": "Service", "apiVersion": "v1", "namespace": "shop", "name": "web", "uid": "",
     }  # fmt: skip
     assert event["note"] == "node n failed"
+
+
+def test_service_event_names_the_uid_that_kubectl_describe_asks_for(server, record):
+    service = server.apply(builders.make_service("web", namespace="shop"))
+    recorder = record()
+    recorder.start()
+
+    recorder.service_event("shop", "web", event_type="Warning", reason="R", action="A")
+
+    (event,) = wait_for_events(server, 1)
+    assert event["regarding"]["uid"] == service["metadata"]["uid"]
+
+
+def test_who_may_not_list_services_may_still_post_events(server, record):
+    server.apply(builders.make_service("web", namespace="shop"))
+    server.fail(403, resource="services")
+    recorder = record()
+    recorder.start()
+
+    recorder.service_event("shop", "web", event_type="Warning", reason="R", action="A")
+
+    (event,) = wait_for_events(server, 1)
+    assert event["regarding"]["uid"] == ""
 
 
 class Clock:
