@@ -60,6 +60,7 @@ _HEALTH_POLL_S: Final = 0.05  # the metrics page costs the daemon milliseconds e
 _IDLE_S: Final = 0.5  # without a tick (10 ms) of CPU time for so long, a daemon is idle
 _TICKS_PER_S: Final = os.sysconf("SC_CLK_TCK")
 _MIB: Final = 1024.0  # kB, as /proc/PID/status counts
+_ASKED: Final = "kubeproxy_sync_proxy_rules_last_queued_timestamp_seconds"
 _SYNCED: Final = "kubeproxy_sync_proxy_rules_last_timestamp_seconds"
 _EMPTY: Final = (
     "*nat\n:PREROUTING ACCEPT\n:INPUT ACCEPT\n:OUTPUT ACCEPT\n:POSTROUTING ACCEPT\nCOMMIT\n"
@@ -365,6 +366,8 @@ def _scrapes(proxy: Proxy) -> Background:
 
 def restart(run: Run) -> Samples:
     """Stop the daemon, start another on the same rules: time until healthy, and what it writes."""
+    # A daemon that waits for a program is idle, too.
+    run.proxy.wait(lambda: _has_written_all(run.proxy), _START_LIMIT_S)
     run.proxy.end(signal.SIGTERM)
     with daemon(run.stage, run.backend, run.layout) as (again, started):
         _wait_healthy(again.proxy, started)
@@ -466,6 +469,14 @@ def _status_mib(proxy: Proxy, field: str) -> float:
 
 def _restores(proxy: Proxy) -> float:
     return proxy.metric("kubeproxy_iptables_restores_total")
+
+
+def _has_written_all(proxy: Proxy) -> bool:
+    """Tell whether nothing has been asked for since the last sync ended."""
+    return all(
+        proxy.metric(_SYNCED, ip_family=family.value) > proxy.metric(_ASKED, ip_family=family.value)
+        for family in IPFamily
+    )
 
 
 def _is_healthy(proxy: Proxy) -> bool:
