@@ -449,8 +449,8 @@ class Syncer:
                 services[name] = self._ruleset.state(name)
             elif name in services or changes.is_everything:
                 self._quarantine.release_changed([name])
-        due = self._quarantine.release_due(self._clock())
-        return {**due, **services} if not changes.is_everything else {**services, **due}
+        # What has changed is not set aside any more, so what is due is what these Services are to be.
+        return {**services, **self._quarantine.release_due(self._clock())}
 
     def _rebuild(self, services: Mapping[ServiceName, ServiceState | None], zone: str) -> None:
         options = msgspec.structs.replace(self._ruleset.options, zone=zone)

@@ -122,6 +122,20 @@ def test_it_is_tried_again_when_its_time_has_come(world):
     assert world.syncer.quarantined == ()
 
 
+def test_it_is_tried_again_though_it_is_handed_out_as_it_was_at_that_moment(world):
+    world.listed(make_node(), *GOOD, BAD_SERVICE, bad())
+    world.sync()
+    world.kernel.refuses = lambda line: False
+    # There and back again before anybody looks: it is handed out, and is what was refused.
+    world.put(make_slice("bad", endpoints=["10.180.1.11"]))
+    world.put(bad())
+    world.now = world.syncer.retry_at
+    world.sync()
+
+    assert world.own() == desired(*GOOD, BAD_SERVICE, bad())
+    assert world.syncer.quarantined == ()
+
+
 def test_a_change_of_zone_does_not_bring_it_back(world):
     world.listed(make_node(), *GOOD, BAD_SERVICE, bad())
     world.sync()
