@@ -46,7 +46,7 @@ NFT_BATCH_RULES: Final = 2500
 # Fewer take about as long as the additional restore would.
 _STAGED_ABOVE: Final = 100
 _TABLES: Final = (rules.FILTER, rules.NAT)
-# How many times one sync may be refused: each names at least one Service, and costs a look at the
+# How many times one sync may set Services aside: each names at least one, and costs two looks at the
 # kernel. What is left is for the next sync.
 _MAX_REFUSALS: Final = 20
 # Of those that an audit finds to differ, in its log line.
@@ -462,22 +462,37 @@ class Syncer:
     ) -> SyncResult:
         """Write, setting aside Services whose rules are refused, until the rest is accepted."""
         for _ in range(_MAX_REFUSALS):
-            has_looked = self._live is None
             try:
-                return self._write(names, started)
+                return self._write_twice_if_refused(names, started)
             except BatchRejected as error:
-                self.last_failure = failures.of(error, self._wall_clock())
-                # Who has not looked may have been refused because of what others did meanwhile: a
-                # chain that is gone, say. No Service is to blame for that.
-                # Tables that stood before the refused one in the input may have been changed. Before
-                # anything else: finding out who is to blame writes as well, and may end anywhere.
-                self._live = None
-                if has_looked:
-                    if not self._set_aside(error):
-                        raise
-                    self._is_auditing = False
-                    self._repairs.forget()
-        return self._write(names, started)
+                if not self._set_aside(error):
+                    raise
+                self._is_auditing = False
+                self._repairs.forget()
+        return self._write_twice_if_refused(names, started)
+
+    def _write_twice_if_refused(
+        self, names: Collection[ServiceName] | None, started: float
+    ) -> SyncResult:
+        """Write; raise BatchRejected only where what is refused is refused again after another look.
+
+        A refusal may be what others did: a chain is gone since we looked, or goes while iptables makes
+        its transaction, of which then every line is refused. No Service is to blame for that.
+        """
+        try:
+            return self._write_once(names, started)
+        except BatchRejected:
+            return self._write_once(names, started)
+
+    def _write_once(self, names: Collection[ServiceName] | None, started: float) -> SyncResult:
+        try:
+            return self._write(names, started)
+        except BatchRejected as error:
+            self.last_failure = failures.of(error, self._wall_clock())
+            # Tables that stood before the refused one in the input may have been changed. Before
+            # anything else: finding out who is to blame writes as well, and may end anywhere.
+            self._live = None
+            raise
 
     def _set_aside(self, error: BatchRejected) -> bool:
         """Set aside the Services that *error* is about; return whether there are any."""
