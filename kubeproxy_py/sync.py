@@ -49,6 +49,9 @@ _TABLES: Final = (rules.FILTER, rules.NAT)
 # How many times one sync may set Services aside: each names at least one, and costs two looks at the
 # kernel. What is left is for the next sync.
 _MAX_REFUSALS: Final = 20
+# Times at which changes were triggered, kept while syncs fail: 3 MB. The latency of what comes after
+# them is not observed.
+_MAX_TRIGGERS: Final = 100_000
 # Of those that an audit finds to differ, in its log line.
 _NAMED_SERVICES: Final = 10
 
@@ -203,7 +206,6 @@ class Syncer:
         # changed, unless we were asked for it since.
         self._is_auditing = False
         self._repairs = repairs.Repairs()
-        self._asked_for: frozenset[ChainId] = frozenset()
         # What the next sync reads of the kernel, where the rest is known; and who touched it.
         self._suspected: frozenset[ChainId] = frozenset()
         self._culprits: tuple[drift.Culprit, ...] = ()
@@ -218,7 +220,8 @@ class Syncer:
 
     def look(self, look: drift.Look) -> None:
         """Let the next sync read what others touched, and repair what differs."""
-        self._culprits = tuple(dict.fromkeys((*self._culprits, *look.culprits)))
+        culprits = dict.fromkeys((*self._culprits, *look.culprits))
+        self._culprits = tuple(culprits)[: drift.MAX_CULPRITS]
         if look.chains is None or self._read_chain is None or self._live is None:
             self.forget_live()
         else:
@@ -279,7 +282,7 @@ class Syncer:
         changes = self._take()
         if changes is None:
             return None
-        self._trigger_times += changes.trigger_times
+        self._trigger_times += changes.trigger_times[: _MAX_TRIGGERS - len(self._trigger_times)]
         self._has_stale_udp = self._has_stale_udp or changes.has_udp
         is_full = self._live is None
         try:
@@ -287,6 +290,8 @@ class Syncer:
         except IptablesError as error:
             self.last_failure = failures.of(error, self._wall_clock())
             self._saved = None
+            # Where it has not come to writing, nobody else has asked what has changed.
+            self._repairs.ask_for(self._ruleset.take_touched())
             if isinstance(error, LockTimeout) and self._live is not None:
                 # Nothing of that batch, of one table, was done, and what was done before is known. What
                 # this sync was about is not known any more, so the next compares everything, in memory.
@@ -418,10 +423,12 @@ class Syncer:
         """Take *changes* in; return the Services whose chains may differ, or None: all."""
         ruleset = self._ruleset
         services = self._admitted(changes)
-        for name in services:
+        for name, state in services.items():
             # What was programmed before, should the kernel refuse what is to come. A sync that
             # failed programmed nothing, so what stood before it still holds.
-            self._before.setdefault(name, ruleset.state(name))
+            if self._before.setdefault(name, ruleset.state(name)) is None and state is None:
+                # It came and went while syncs failed; so may many.
+                del self._before[name]
         if self._is_doubtful:
             # Nothing of what was computed before is used; the kernel is read again as well.
             ruleset = self._ruleset = Ruleset(ruleset.options)
@@ -520,19 +527,18 @@ class Syncer:
         self._kernel.restore(batch)
 
     def _write(self, names: Collection[ServiceName] | None, started: float) -> SyncResult:
-        self._asked_for |= self._ruleset.take_touched()
-        asked_for = self._asked_for
+        self._repairs.ask_for(self._ruleset.take_touched())
         if self._live is not None:
             self._find_renamed(self._live)
-        touched: frozenset[ChainId] | None = asked_for
+        touched = self._repairs.asked_for
         is_full = self._live is None
         if self._live is None:
             self._live, self._saved = self._saved or self._read_kernel(), None
         elif self._suspected:
             self._read_suspected(self._live)
-            touched = asked_for | self._suspected
+            touched = None if touched is None else touched | self._suspected
         suspected, self._suspected = self._suspected, frozenset()
-        if is_full or self._must_compare_all:
+        if is_full or self._must_compare_all or touched is None:
             touched = names = None
         batches = plan.plan(
             self._ruleset.tables,
@@ -545,7 +551,6 @@ class Syncer:
         for batch in batches:
             self._restore(batch, self._live, is_full=is_full)
         self._must_compare_all = False
-        self._asked_for = frozenset()
         repaired = self._repairs.take(self._family, self._culprits)
         desired = self._ruleset.tables
         if self._is_auditing:
@@ -650,8 +655,7 @@ class Syncer:
 
     def _note_repairs(self, batches: Sequence[plan.Batch], live: chains.Tables) -> None:
         if self._is_auditing:
-            desired, asked_for = self._ruleset.tables, self._asked_for
-            self._repairs.note(batches, live=live, desired=desired, asked_for=asked_for)
+            self._repairs.note(batches, live=live, desired=self._ruleset.tables)
 
     def _tell_drift(self, repaired: tuple[drift.Repair, ...]) -> None:
         for repair in repaired:
