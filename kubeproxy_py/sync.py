@@ -503,7 +503,7 @@ class Syncer:
 
     def _set_aside(self, error: BatchRejected) -> bool:
         """Set aside the Services that *error* is about; return whether there are any."""
-        accused = refusals.accused(error, self._ruleset, self._try)
+        accused = refusals.accused(error, self._ruleset, self._commit)
         for name in sorted(accused):
             refused = self._ruleset.state(name)
             assert refused is not None  # it has a rule in the batch
@@ -522,9 +522,10 @@ class Syncer:
             self._effects.report_quarantined(name, error.reason)
         return bool(accused)
 
-    def _try(self, batch: plan.Batch) -> None:
+    def _commit(self, batch: plan.Batch) -> None:
         self._effects.beat()
-        self._kernel.restore(batch)
+        with self._effects.writing(batch):
+            self._kernel.restore(batch)
 
     def _write(self, names: Collection[ServiceName] | None, started: float) -> SyncResult:
         self._repairs.ask_for(self._ruleset.take_touched())
@@ -637,10 +638,8 @@ class Syncer:
 
     def _restore(self, batch: plan.Batch, live: chains.Tables, *, is_full: bool) -> None:
         family = self._family.value
-        self._effects.beat()
         try:
-            with self._effects.writing(batch):
-                self._kernel.restore(batch)
+            self._commit(batch)
         except IptablesError as error:
             if isinstance(error, LockTimeout) and len(batch.sections) > 1:
                 # Legacy takes the lock for each table anew: the first may have been written.

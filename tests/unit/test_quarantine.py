@@ -291,6 +291,13 @@ def test_one_of_many_is_found_in_few_trials_of_which_each_is_a_sign_of_life(mute
     assert mute.beats == len(mute.kernel.restored)
 
 
+def test_counters_of_what_is_written_to_find_it_are_read_before(mute):
+    mute.listed(make_node(), *many(8), BAD_SERVICE, bad())
+    mute.sync()
+
+    assert mute.surrounded == len(mute.kernel.restored)
+
+
 def test_a_kernel_that_refuses_everything_blames_nobody(mute):
     mute.kernel.refuses = lambda line: line == "COMMIT"
     mute.listed(make_node(), *many(20))
