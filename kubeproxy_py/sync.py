@@ -9,7 +9,7 @@ an error nothing is assumed about the kernel; it is read again before anything i
 import contextlib
 import functools
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Final, Protocol
 
@@ -23,6 +23,7 @@ from kubeproxy_py import (
     echoes,
     failures,
     refusals,
+    renames,
     repairs,
     rules,
     urgency,
@@ -563,7 +564,7 @@ class Syncer:
                 self._echoes.learn(found, desired)
         self._culprits = ()
         if is_full:
-            _adopt(self._live, desired)
+            plan.adopt(self._live, desired)
         return self._result(batches, started, is_full=is_full, repaired=repaired)
 
     def _result(
@@ -597,26 +598,16 @@ class Syncer:
         return live
 
     def _find_renamed(self, live: chains.Tables) -> None:
-        """Suspect the chains that are not called any more what they were, instead of their tables.
-
-        With those that lead there, whose rules follow a chain to its new name.
-        """
+        """Suspect the chains that are not called any more what they were, instead of their tables."""
         tables = {table for table, name in self._suspected if not name}
         if not tables:
             return
-        there = self._list_chains() if self._list_chains else None
-        found: set[ChainId] = set()
-        for table in tables if there is not None else ():
-            known = live.get(table, {})
-            names = {name for where, name in there or () if where == table}
-            lost = known.keys() - names
-            came = {name for name in names - known.keys() if chains.is_ours(table, name)}
-            found |= {ChainId(table, name) for name in lost | came}
-            if len(found) <= drift.MAX_CHAINS:
-                found |= {ChainId(table, name) for name in _leading_to(lost, known)}
-        if there is None or len(found) > drift.MAX_CHAINS:
+        found: Collection[ChainId] = ()
+        if self._list_chains is not None:
+            found = renames.find(tables, live, self._list_chains())
+        if self._list_chains is None or len(found) > drift.MAX_CHAINS:
             self.forget_live()
-        self._suspected = frozenset(name for name in self._suspected if name.chain) | found
+        self._suspected = frozenset(name for name in self._suspected if name.chain).union(found)
 
     def _read_suspected(self, live: chains.Tables) -> None:
         """Put in *live* what the suspected chains have now."""
@@ -743,23 +734,3 @@ class Syncer:
         self._metrics.sync_duration.labels(family).observe(seconds)
         kind = self._metrics.sync_full_duration if is_full else self._metrics.sync_partial_duration
         kind.labels(family).observe(seconds)
-
-
-def _leading_to(names: Collection[str], found: chains.Chains) -> Iterator[str]:
-    """Yield the chains of *found* with a rule that leads to one of *names*."""
-    ends = tuple(f" -j {name}" for name in names)
-    for chain, texts in found.items():
-        if ends and any(f" {text}".endswith(ends) for text in texts):
-            yield chain
-
-
-def _adopt(live: chains.Tables, desired: chains.Tables) -> None:
-    """Keep of *live* only what later plans compare with, sharing names and text with *desired*."""
-    for table, live_chains in live.items():
-        wanted = desired.get(table, {})
-        live[table] = {name: texts for name, texts in wanted.items() if name in live_chains} | {
-            name: texts
-            for name, texts in live_chains.items()
-            if name not in wanted
-            and (chains.is_ours(table, name) or name in chains.BUILTIN or name == rules.FIREWALL)
-        }
