@@ -36,16 +36,18 @@ class Repairs:
 
     def note(self, batches: Iterable[Batch], *, live: Tables, desired: Tables) -> None:
         """Note what *batches* change of *live*, before they do, but for what was asked for."""
-        asked_for = self.asked_for
         for section in (section for batch in batches for section in batch.sections):
             table = section.table
             for jump in section.insert:
                 self._kinds.setdefault(ChainId(table, jump.builtin), "jump_removed")
-            for chain in {*section.write, *section.delete} if asked_for is not None else ():
+            for chain in {*section.write, *section.delete}:
                 found = ChainId(table, chain)
-                if found not in asked_for and found not in self._kinds:
+                if not self._is_asked_for(found) and found not in self._kinds:
                     has, wants = (tables.get(table, {}).get(chain) for tables in (live, desired))
                     self._kinds[found] = drift.kind_of(has, wants)
+
+    def _is_asked_for(self, chain: ChainId) -> bool:
+        return self.asked_for is None or chain in self.asked_for
 
     def forget(self) -> None:
         """Let nothing have been noted."""
