@@ -156,3 +156,11 @@ def test_a_jump_that_others_took_away_is_told_though_too_much_was_asked_for():
 
     assert (repair.kind, repair.chains) == ("jump_removed", (jump.builtin,))
     assert found.asked_for == frozenset()
+
+
+def test_latency_is_observed_of_the_first_changes_only(world):
+    for _ in range(30):
+        fail_at(world, unreadable)
+    world.sync()
+
+    assert world.value("network_programming_duration_seconds_count") == 20
