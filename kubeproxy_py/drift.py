@@ -29,8 +29,8 @@ _FREE_LOOKS: Final = 20
 _FIRST_WAIT_S: Final = 1.0
 # Who leaves us alone for that long does not fight, or so slowly that undoing it costs nothing.
 _QUIET_S: Final = 5.0
-# Names that one log line has room for.
-_MAX_CULPRITS: Final = 5
+#: Names that one log line has room for.
+MAX_CULPRITS: Final = 5
 # Stands for looking at everything.
 _EVERYTHING: Final = ChainId("", "")
 
@@ -124,7 +124,7 @@ class Suspects:
             if record and self._is_over(record, now):
                 del self._records[key]
             culprits = self._waiting.setdefault(key, set())
-            if suspicion.culprit is not None and len(culprits) < _MAX_CULPRITS:
+            if suspicion.culprit is not None and len(culprits) < MAX_CULPRITS:
                 culprits.add(suspicion.culprit)
 
     def due_at(self) -> float:
@@ -188,7 +188,7 @@ class Suspects:
 
 def _some(culprits: Iterable[Culprit]) -> tuple[Culprit, ...]:
     ordered = sorted(culprits, key=lambda culprit: (culprit.process, culprit.pid or 0))
-    return tuple(ordered[:_MAX_CULPRITS])
+    return tuple(ordered[:MAX_CULPRITS])
 
 
 def told(culprits: Collection[Culprit]) -> dict[str, object]:

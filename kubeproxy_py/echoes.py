@@ -5,7 +5,7 @@ Other versions of iptables print some rules in another way than the one that our
 """
 
 from kubeproxy_py.dispatch import ChainId
-from kubeproxy_py.iptables import chains
+from kubeproxy_py.iptables import chains, probe
 
 
 class Echoes:
@@ -31,8 +31,9 @@ class Echoes:
         for table, wanted in desired.items():
             for chain, texts in wanted.items():
                 found = live.get(table, {}).get(chain)
-                # Only another spelling will do: another program may have been that fast as well.
-                if found is not None and found != texts and _targets(found) == _targets(texts):
+                # Another program may have changed something between our writing and this look. What
+                # was learned of it would never be repaired, so only another spelling will do.
+                if found is not None and found != texts and _means_the_same(texts, found):
                     self._written[ChainId(table, chain)] = texts
                     self._read[ChainId(table, chain)] = found
 
@@ -43,5 +44,9 @@ class Echoes:
                 live[chain.table][chain.chain] = self._written[chain]
 
 
-def _targets(texts: tuple[str, ...]) -> list[str]:
-    return [f" {text}".partition(" -j ")[2].partition(" ")[0] for text in texts]
+def _means_the_same(written: tuple[str, ...], read: tuple[str, ...]) -> bool:
+    return len(written) == len(read) and all(
+        ours == theirs
+        or (probe.means_the_same(ours, theirs) and probe.means_the_same(theirs, ours))
+        for ours, theirs in zip(written, read, strict=True)
+    )

@@ -57,10 +57,6 @@ class Pacer:
         if self._requested_at is None:
             self._requested_at = now
 
-    @property
-    def is_requested(self) -> bool:
-        return self._requested_at is not None
-
     def started(self) -> None:
         """Say that a sync begins: what is asked from now on is not in it."""
         # Cleared on start, not on finish: a change that arrives while we are writing rules is not

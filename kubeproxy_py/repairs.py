@@ -4,7 +4,7 @@ What a sync writes that nothing of ours has asked for: who else changed it, and 
 Pure. One sync may write a chain more than once, in stages: it counts as what it was found to be first.
 """
 
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 from typing import Final
 
 from kubeproxy_py import drift
@@ -14,6 +14,9 @@ from kubeproxy_py.model import IPFamily, Tables
 
 # A flush makes thousands drift; the first few tell what happened.
 _NAMED_CHAINS: Final = 10
+# While a family cannot be written, chains come and go without end. A large cluster has as many, and
+# their names take some 15 MB.
+_MAX_ASKED_FOR: Final = 100_000
 
 
 class Repairs:
@@ -22,25 +25,29 @@ class Repairs:
     def __init__(self) -> None:
         # A built-in chain stands for a jump of ours in it.
         self._kinds: dict[ChainId, drift.Kind] = {}
+        #: Chains that we ourselves have to change; None: too many to remember.
+        self.asked_for: frozenset[ChainId] | None = frozenset()
 
-    def note(
-        self,
-        batches: Iterable[Batch],
-        *,
-        live: Tables,
-        desired: Tables,
-        asked_for: Collection[ChainId] = (),
-    ) -> None:
-        """Note what *batches* change of *live*, before they do, but for the chains *asked_for*."""
+    def ask_for(self, chains: frozenset[ChainId]) -> None:
+        """Let what is written of *chains* from now on be our own change, of any if they are too many."""
+        if self.asked_for is not None:
+            asked_for = self.asked_for | chains
+            self.asked_for = asked_for if len(asked_for) <= _MAX_ASKED_FOR else None
+
+    def note(self, batches: Iterable[Batch], *, live: Tables, desired: Tables) -> None:
+        """Note what *batches* change of *live*, before they do, but for what was asked for."""
         for section in (section for batch in batches for section in batch.sections):
             table = section.table
             for jump in section.insert:
                 self._kinds.setdefault(ChainId(table, jump.builtin), "jump_removed")
             for chain in {*section.write, *section.delete}:
                 found = ChainId(table, chain)
-                if found not in asked_for and found not in self._kinds:
+                if not self._is_asked_for(found) and found not in self._kinds:
                     has, wants = (tables.get(table, {}).get(chain) for tables in (live, desired))
                     self._kinds[found] = drift.kind_of(has, wants)
+
+    def _is_asked_for(self, chain: ChainId) -> bool:
+        return self.asked_for is None or chain in self.asked_for
 
     def forget(self) -> None:
         """Let nothing have been noted."""
@@ -49,11 +56,12 @@ class Repairs:
     def take(
         self, family: IPFamily, culprits: tuple[drift.Culprit, ...]
     ) -> tuple[drift.Repair, ...]:
-        """Return what was noted, by table and kind, and forget it."""
+        """Return what was noted, by table and kind; all that was asked for is done as well."""
         found: dict[tuple[str, drift.Kind], list[str]] = {}
         for (table, chain), kind in self._kinds.items():
             found.setdefault((table, kind), []).append(chain)
         self.forget()
+        self.asked_for = frozenset()
         return tuple(
             drift.Repair(
                 family=family,

@@ -31,6 +31,11 @@ Report = Callable[[Problem], None]
 # How many Services are put together while the lock is held: less than a millisecond's work, so that
 # a sync or a watch never waits for whoever wants to read all of them.
 _STATES_AT_ONCE: Final = 50
+# Of a Service, kept until its changes are taken, which may be never where a family cannot be written.
+# More slices than that are more than 10,000 endpoints.
+_MAX_TRIGGERS: Final = 100
+# Names that changed and that no Service has (any more), likewise: a megabyte of them.
+_MAX_STRAYS: Final = 10_000
 
 
 _SAFETY_ALONE: Final = external.Policy()
@@ -90,16 +95,29 @@ class _Family:
             records.merge_slices([slices[key] for key in sorted(slices)]),
         )
 
+    def mark(self, name: ServiceName) -> None:
+        """Let *name* be handed out; everything, where too many names would have to be remembered."""
+        if self.is_everything_due:
+            return
+        self.dirty[name] = None
+        if len(self.dirty) > len(self.ports) + _MAX_STRAYS:
+            self.demand_everything()
+
+    def demand_everything(self) -> None:
+        """Let everything be handed out."""
+        self.is_everything_due = True
+        self.dirty = {}
+
     def put_ports(self, name: ServiceName, ports: dict[PortKey, ServicePort] | None) -> None:
         # Others may have claimed what is, or was, this one's cluster IP.
         for other in self.exposure.replace(name, self.ports.get(name), ports):
-            self.dirty[other] = None
+            self.mark(other)
         if ports is None:
             del self.ports[name]
             self.exposure.forget(name)
         else:
             self.ports[name] = ports
-        self.dirty[name] = None
+        self.mark(name)
 
     def judge_api(self) -> None:
         """Let those who claim an API server's address be judged by where these are now."""
@@ -110,7 +128,7 @@ class _Family:
             for ep in endpoints
         )
         for other in self.exposure.replace_api(found):
-            self.dirty[other] = None
+            self.mark(other)
 
 
 class Store:
@@ -296,14 +314,16 @@ class Store:
         old: records.SliceRecord | None,
         new: records.SliceRecord | None,
     ) -> None:
-        half.dirty[service] = None
+        half.mark(service)
         if service == external.API_SERVICE:
             half.judge_api()
         half.has_udp = half.has_udp or any(
             record is not None and record.has_udp for record in (old, new)
         )
         if new is not None and new.trigger_time is not None and new.trigger_time > self._started:
-            half.triggers.setdefault(service, []).append(new.trigger_time)
+            times = half.triggers.setdefault(service, [])
+            if len(times) < _MAX_TRIGGERS:
+                times.append(new.trigger_time)
 
     def _upsert_node(self, node: Node, *, is_restored: bool = False) -> None:
         with self._lock:
@@ -318,7 +338,7 @@ class Store:
                 self._zone = node.zone
                 families = tuple(self._families)
                 for half in self._families.values():
-                    half.is_everything_due = True
+                    half.demand_everything()
         self._node_changed(node)
         self._notify(families)
 
@@ -376,7 +396,7 @@ class Store:
     def demand_everything(self, family: IPFamily) -> None:
         """Let the next taking be of everything, whether it changed or not."""
         with self._lock:
-            self._families[family].is_everything_due = True
+            self._families[family].demand_everything()
 
     def names(self, family: IPFamily) -> list[ServiceName]:
         """Return the names of all Services of *family*."""

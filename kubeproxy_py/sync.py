@@ -9,7 +9,7 @@ an error nothing is assumed about the kernel; it is read again before anything i
 import contextlib
 import functools
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Final, Protocol
 
@@ -23,6 +23,7 @@ from kubeproxy_py import (
     echoes,
     failures,
     refusals,
+    renames,
     repairs,
     rules,
     urgency,
@@ -46,9 +47,12 @@ NFT_BATCH_RULES: Final = 2500
 # Fewer take about as long as the additional restore would.
 _STAGED_ABOVE: Final = 100
 _TABLES: Final = (rules.FILTER, rules.NAT)
-# How many times one sync may be refused: each names at least one Service, and costs a look at the
+# How many times one sync may set Services aside: each names at least one, and costs two looks at the
 # kernel. What is left is for the next sync.
 _MAX_REFUSALS: Final = 20
+# Times at which changes were triggered, kept while syncs fail: 3 MB. The latency of what comes after
+# them is not observed.
+_MAX_TRIGGERS: Final = 100_000
 # Of those that an audit finds to differ, in its log line.
 _NAMED_SERVICES: Final = 10
 
@@ -203,7 +207,6 @@ class Syncer:
         # changed, unless we were asked for it since.
         self._is_auditing = False
         self._repairs = repairs.Repairs()
-        self._asked_for: frozenset[ChainId] = frozenset()
         # What the next sync reads of the kernel, where the rest is known; and who touched it.
         self._suspected: frozenset[ChainId] = frozenset()
         self._culprits: tuple[drift.Culprit, ...] = ()
@@ -218,7 +221,8 @@ class Syncer:
 
     def look(self, look: drift.Look) -> None:
         """Let the next sync read what others touched, and repair what differs."""
-        self._culprits = tuple(dict.fromkeys((*self._culprits, *look.culprits)))
+        culprits = dict.fromkeys((*self._culprits, *look.culprits))
+        self._culprits = tuple(culprits)[: drift.MAX_CULPRITS]
         if look.chains is None or self._read_chain is None or self._live is None:
             self.forget_live()
         else:
@@ -279,7 +283,7 @@ class Syncer:
         changes = self._take()
         if changes is None:
             return None
-        self._trigger_times += changes.trigger_times
+        self._trigger_times += changes.trigger_times[: _MAX_TRIGGERS - len(self._trigger_times)]
         self._has_stale_udp = self._has_stale_udp or changes.has_udp
         is_full = self._live is None
         try:
@@ -287,6 +291,8 @@ class Syncer:
         except IptablesError as error:
             self.last_failure = failures.of(error, self._wall_clock())
             self._saved = None
+            # Where it has not come to writing, nobody else has asked what has changed.
+            self._repairs.ask_for(self._ruleset.take_touched())
             if isinstance(error, LockTimeout) and self._live is not None:
                 # Nothing of that batch, of one table, was done, and what was done before is known. What
                 # this sync was about is not known any more, so the next compares everything, in memory.
@@ -418,10 +424,12 @@ class Syncer:
         """Take *changes* in; return the Services whose chains may differ, or None: all."""
         ruleset = self._ruleset
         services = self._admitted(changes)
-        for name in services:
+        for name, state in services.items():
             # What was programmed before, should the kernel refuse what is to come. A sync that
             # failed programmed nothing, so what stood before it still holds.
-            self._before.setdefault(name, ruleset.state(name))
+            if self._before.setdefault(name, ruleset.state(name)) is None and state is None:
+                # It came and went while syncs failed; so may many.
+                del self._before[name]
         if self._is_doubtful:
             # Nothing of what was computed before is used; the kernel is read again as well.
             ruleset = self._ruleset = Ruleset(ruleset.options)
@@ -449,8 +457,8 @@ class Syncer:
                 services[name] = self._ruleset.state(name)
             elif name in services or changes.is_everything:
                 self._quarantine.release_changed([name])
-        due = self._quarantine.release_due(self._clock())
-        return {**due, **services} if not changes.is_everything else {**services, **due}
+        # What has changed is not set aside any more, so what is due is what these Services are to be.
+        return {**services, **self._quarantine.release_due(self._clock())}
 
     def _rebuild(self, services: Mapping[ServiceName, ServiceState | None], zone: str) -> None:
         options = msgspec.structs.replace(self._ruleset.options, zone=zone)
@@ -462,26 +470,41 @@ class Syncer:
     ) -> SyncResult:
         """Write, setting aside Services whose rules are refused, until the rest is accepted."""
         for _ in range(_MAX_REFUSALS):
-            has_looked = self._live is None
             try:
-                return self._write(names, started)
+                return self._write_twice_if_refused(names, started)
             except BatchRejected as error:
-                self.last_failure = failures.of(error, self._wall_clock())
-                # Who has not looked may have been refused because of what others did meanwhile: a
-                # chain that is gone, say. No Service is to blame for that.
-                # Tables that stood before the refused one in the input may have been changed. Before
-                # anything else: finding out who is to blame writes as well, and may end anywhere.
-                self._live = None
-                if has_looked:
-                    if not self._set_aside(error):
-                        raise
-                    self._is_auditing = False
-                    self._repairs.forget()
-        return self._write(names, started)
+                if not self._set_aside(error):
+                    raise
+                self._is_auditing = False
+                self._repairs.forget()
+        return self._write_twice_if_refused(names, started)
+
+    def _write_twice_if_refused(
+        self, names: Collection[ServiceName] | None, started: float
+    ) -> SyncResult:
+        """Write; raise BatchRejected only where what is refused is refused again after another look.
+
+        A refusal may be what others did: a chain is gone since we looked, or goes while iptables makes
+        its transaction, of which then every line is refused. No Service is to blame for that.
+        """
+        try:
+            return self._write_once(names, started)
+        except BatchRejected:
+            return self._write_once(names, started)
+
+    def _write_once(self, names: Collection[ServiceName] | None, started: float) -> SyncResult:
+        try:
+            return self._write(names, started)
+        except BatchRejected as error:
+            self.last_failure = failures.of(error, self._wall_clock())
+            # Tables that stood before the refused one in the input may have been changed. Before
+            # anything else: finding out who is to blame writes as well, and may end anywhere.
+            self._live = None
+            raise
 
     def _set_aside(self, error: BatchRejected) -> bool:
         """Set aside the Services that *error* is about; return whether there are any."""
-        accused = refusals.accused(error, self._ruleset, self._try)
+        accused = refusals.accused(error, self._ruleset, self._commit)
         for name in sorted(accused):
             refused = self._ruleset.state(name)
             assert refused is not None  # it has a rule in the batch
@@ -500,24 +523,24 @@ class Syncer:
             self._effects.report_quarantined(name, error.reason)
         return bool(accused)
 
-    def _try(self, batch: plan.Batch) -> None:
+    def _commit(self, batch: plan.Batch) -> None:
         self._effects.beat()
-        self._kernel.restore(batch)
+        with self._effects.writing(batch):
+            self._kernel.restore(batch)
 
     def _write(self, names: Collection[ServiceName] | None, started: float) -> SyncResult:
-        self._asked_for |= self._ruleset.take_touched()
-        asked_for = self._asked_for
+        self._repairs.ask_for(self._ruleset.take_touched())
         if self._live is not None:
             self._find_renamed(self._live)
-        touched: frozenset[ChainId] | None = asked_for
+        touched = self._repairs.asked_for
         is_full = self._live is None
         if self._live is None:
             self._live, self._saved = self._saved or self._read_kernel(), None
         elif self._suspected:
             self._read_suspected(self._live)
-            touched = asked_for | self._suspected
+            touched = None if touched is None else touched | self._suspected
         suspected, self._suspected = self._suspected, frozenset()
-        if is_full or self._must_compare_all:
+        if is_full or self._must_compare_all or touched is None:
             touched = names = None
         batches = plan.plan(
             self._ruleset.tables,
@@ -530,7 +553,6 @@ class Syncer:
         for batch in batches:
             self._restore(batch, self._live, is_full=is_full)
         self._must_compare_all = False
-        self._asked_for = frozenset()
         repaired = self._repairs.take(self._family, self._culprits)
         desired = self._ruleset.tables
         if self._is_auditing:
@@ -542,7 +564,7 @@ class Syncer:
                 self._echoes.learn(found, desired)
         self._culprits = ()
         if is_full:
-            _adopt(self._live, desired)
+            plan.adopt(self._live, desired)
         return self._result(batches, started, is_full=is_full, repaired=repaired)
 
     def _result(
@@ -576,26 +598,16 @@ class Syncer:
         return live
 
     def _find_renamed(self, live: chains.Tables) -> None:
-        """Suspect the chains that are not called any more what they were, instead of their tables.
-
-        With those that lead there, whose rules follow a chain to its new name.
-        """
+        """Suspect the chains that are not called any more what they were, instead of their tables."""
         tables = {table for table, name in self._suspected if not name}
         if not tables:
             return
-        there = self._list_chains() if self._list_chains else None
-        found: set[ChainId] = set()
-        for table in tables if there is not None else ():
-            known = live.get(table, {})
-            names = {name for where, name in there or () if where == table}
-            lost = known.keys() - names
-            came = {name for name in names - known.keys() if chains.is_ours(table, name)}
-            found |= {ChainId(table, name) for name in lost | came}
-            if len(found) <= drift.MAX_CHAINS:
-                found |= {ChainId(table, name) for name in _leading_to(lost, known)}
-        if there is None or len(found) > drift.MAX_CHAINS:
+        found: Collection[ChainId] = ()
+        if self._list_chains is not None:
+            found = renames.find(tables, live, self._list_chains())
+        if self._list_chains is None or len(found) > drift.MAX_CHAINS:
             self.forget_live()
-        self._suspected = frozenset(name for name in self._suspected if name.chain) | found
+        self._suspected = frozenset(name for name in self._suspected if name.chain).union(found)
 
     def _read_suspected(self, live: chains.Tables) -> None:
         """Put in *live* what the suspected chains have now."""
@@ -617,10 +629,8 @@ class Syncer:
 
     def _restore(self, batch: plan.Batch, live: chains.Tables, *, is_full: bool) -> None:
         family = self._family.value
-        self._effects.beat()
         try:
-            with self._effects.writing(batch):
-                self._kernel.restore(batch)
+            self._commit(batch)
         except IptablesError as error:
             if isinstance(error, LockTimeout) and len(batch.sections) > 1:
                 # Legacy takes the lock for each table anew: the first may have been written.
@@ -635,8 +645,7 @@ class Syncer:
 
     def _note_repairs(self, batches: Sequence[plan.Batch], live: chains.Tables) -> None:
         if self._is_auditing:
-            desired, asked_for = self._ruleset.tables, self._asked_for
-            self._repairs.note(batches, live=live, desired=desired, asked_for=asked_for)
+            self._repairs.note(batches, live=live, desired=self._ruleset.tables)
 
     def _tell_drift(self, repaired: tuple[drift.Repair, ...]) -> None:
         for repair in repaired:
@@ -725,23 +734,3 @@ class Syncer:
         self._metrics.sync_duration.labels(family).observe(seconds)
         kind = self._metrics.sync_full_duration if is_full else self._metrics.sync_partial_duration
         kind.labels(family).observe(seconds)
-
-
-def _leading_to(names: Collection[str], found: chains.Chains) -> Iterator[str]:
-    """Yield the chains of *found* with a rule that leads to one of *names*."""
-    ends = tuple(f" -j {name}" for name in names)
-    for chain, texts in found.items():
-        if ends and any(f" {text}".endswith(ends) for text in texts):
-            yield chain
-
-
-def _adopt(live: chains.Tables, desired: chains.Tables) -> None:
-    """Keep of *live* only what later plans compare with, sharing names and text with *desired*."""
-    for table, live_chains in live.items():
-        wanted = desired.get(table, {})
-        live[table] = {name: texts for name, texts in wanted.items() if name in live_chains} | {
-            name: texts
-            for name, texts in live_chains.items()
-            if name not in wanted
-            and (chains.is_ours(table, name) or name in chains.BUILTIN or name == rules.FIREWALL)
-        }

@@ -139,6 +139,18 @@ def plan(
     return list(_pack((section for section in sections if section), max_rules))
 
 
+def adopt(live: Tables, desired: Tables) -> None:
+    """Keep of *live* only what later plans compare with, sharing names and text with *desired*."""
+    for table, live_chains in live.items():
+        wanted = desired.get(table, {})
+        live[table] = {name: texts for name, texts in wanted.items() if name in live_chains} | {
+            name: texts
+            for name, texts in live_chains.items()
+            if name not in wanted
+            and (is_ours(table, name) or name in BUILTIN or ChainId(table, name) in _ENSURED)
+        }
+
+
 class _Planner:
     """The differences between desired and live, section by section."""
 

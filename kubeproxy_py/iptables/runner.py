@@ -300,7 +300,8 @@ class Iptables:
             test: parse and build it, but commit nothing.
 
         Raises:
-            LockTimeout: somebody holds the xtables lock; nothing was changed.
+            LockTimeout: somebody holds the xtables lock. Legacy takes it for each table anew: only of
+                an input of one table is it certain that nothing was changed.
             BatchRejected: a rule was refused; tables before it in the input may be changed.
             IptablesError: anything else.
         """

@@ -1,5 +1,7 @@
 """A Syncer with all that is around it, on a fake kernel, and what it did to that."""
 
+import contextlib
+from contextlib import AbstractContextManager
 from typing import Any
 
 import msgspec
@@ -8,6 +10,7 @@ import pytest
 from kubeproxy_py import conntrack
 from kubeproxy_py.errors import IptablesError
 from kubeproxy_py.iptables import chains
+from kubeproxy_py.iptables.plan import Batch
 from kubeproxy_py.metrics import Metrics
 from kubeproxy_py.model import IPFamily, ServiceName, Tables
 from kubeproxy_py.rules import Layout
@@ -42,6 +45,8 @@ class World:
         self.quarantined: list[tuple[ServiceName, str]] = []
         self.released = 0
         self.beats = 0
+        #: How many batches were surrounded by what reads their chains' counters.
+        self.surrounded = 0
         self.node_port_addresses: tuple[str, ...] | None = None
         self.nudged = 0
         self.store = Store(
@@ -68,6 +73,7 @@ class World:
                 report_quarantined=lambda name, reason: self.quarantined.append((name, reason)),
                 release_memory=self._release,
                 beat=self._beat,
+                writing=self._writing,
             ),
             metrics=metrics,
             clock=lambda: self.now,
@@ -82,6 +88,10 @@ class World:
 
     def _beat(self) -> None:
         self.beats += 1
+
+    def _writing(self, _batch: Batch) -> AbstractContextManager[None]:
+        self.surrounded += 1
+        return contextlib.nullcontext()
 
     def _release(self) -> None:
         self.released += 1

@@ -11,7 +11,7 @@ from tests.unit.test_sync import World, desired, own
 
 MARK = ChainId(rules.NAT, rules.MARK_MASQ)
 WRITTEN = ("-j MARK --set-xmark 0x4000/0x4000",)
-PRINTED = ("-j MARK --or-mark 0x4000",)
+PRINTED = ("-j MARK --set-xmark 16384/0x4000",)
 
 
 def tables(chain, texts):
@@ -42,7 +42,7 @@ def test_what_reads_back_as_written_is_nothing_to_learn():
 @pytest.mark.parametrize(
     "changed",
     [
-        pytest.param(("-j MARK --or-mark 0x8000",), id="other rule"),
+        pytest.param(("-j MARK --set-xmark 0x8000/0x8000",), id="other rule"),
         pytest.param((), id="no rule"),
         pytest.param((*PRINTED, "-j ACCEPT"), id="one rule more"),
     ],
@@ -64,8 +64,26 @@ def test_a_chain_with_other_targets_is_no_spelling_of_ours(read):
     assert undone(learned(read), read) == read
 
 
-def test_targets_count_in_their_order():
-    read, written = ("-j A -x", "-j B -x"), ("-j B", "-j A")
+@pytest.mark.parametrize(
+    ("written", "read"),
+    [
+        pytest.param(
+            "-p tcp -m tcp -j DNAT --to-destination 10.180.1.11:80",
+            "-p tcp -m tcp -j DNAT --to-destination 192.0.2.66:1",
+            id="other destination",
+        ),
+        pytest.param("-s 10.0.0.0/8 -j X", "-s 0.0.0.0/0 -j X", id="wider source"),
+        pytest.param("-s 10.0.0.0/8 -j X", "-j X", id="match removed"),
+        pytest.param("-j X", "-s 10.0.0.0/8 -j X", id="match added"),
+        pytest.param("-s 10.0.0.0/8 -j X", "! -s 10.0.0.0/8 -j X", id="negated"),
+    ],
+)
+def test_a_rule_with_the_same_target_and_another_meaning_is_no_spelling_of_ours(written, read):
+    assert undone(learned((read,), (written,)), (read,)) == (read,)
+
+
+def test_rules_count_in_their_order():
+    read, written = ("-j A -m x", "-j B"), ("-j B", "-m x -j A")
 
     assert undone(learned(read, written), read) == read
 
@@ -82,10 +100,10 @@ def test_a_chain_that_is_not_there_is_nothing_to_learn_and_nothing_to_undo():
 
 def test_the_last_spelling_is_what_counts():
     echoes = learned(PRINTED)
-    echoes.learn(tables(MARK, ("-j MARK --or 1",)), tables(MARK, ("-j MARK --set 1",)))
+    echoes.learn(tables(MARK, ("-j MARK --set 0x1",)), tables(MARK, ("-j MARK --set 1",)))
 
     assert undone(echoes, PRINTED) == PRINTED
-    assert undone(echoes, ("-j MARK --or 1",)) == ("-j MARK --set 1",)
+    assert undone(echoes, ("-j MARK --set 0x1",)) == ("-j MARK --set 1",)
 
 
 # In a Syncer -------------------------------------------------------------------------------------
@@ -94,7 +112,10 @@ def test_the_last_spelling_is_what_counts():
 class OtherPrinter(FakeIptables):
     """A kernel whose iptables-save has other words for some rules."""
 
-    WORDS = (("--set-xmark 0x4000/0x4000", "--or-mark 0x4000"), ("-m tcp --dport", "--dport"))
+    WORDS = (
+        ("--set-xmark 0x4000/0x4000", "--set-xmark 16384/0x4000"),
+        ("-p tcp -m tcp", "-m tcp -p tcp"),
+    )
 
     def save(self, *, known=None):
         return {
@@ -152,6 +173,37 @@ def test_a_rule_that_another_program_changed_is_put_right(world):
 
     assert audit(world) == 1
     assert world.kernel.tables[MARK.table][MARK.chain] == WRITTEN
+
+
+class QuickRival(FakeIptables):
+    """A kernel with somebody who sends an endpoint's connections elsewhere as soon as we have written."""
+
+    ELSEWHERE = "192.0.2.66:1"
+    is_there = False
+
+    def restore(self, batch):
+        super().restore(batch)
+        if self.is_there:
+            self.is_there = False
+            nat = self.tables["nat"]
+            (endpoint,) = [chain for chain in nat if chain.startswith("KUBE-SEP-")]
+            nat[endpoint] = tuple(
+                text.replace("10.180.1.11:8080", self.ELSEWHERE) for text in nat[endpoint]
+            )
+
+
+def test_what_another_program_changes_before_a_repair_is_read_back_is_repaired_next(metrics):
+    kernel = QuickRival()
+    world = World(metrics, kernel)
+    world.listed(make_service(), make_slice())
+    world.sync()
+    kernel.tables[MARK.table][MARK.chain] = ()
+    kernel.is_there = True
+    audit(world)
+    assert kernel.ELSEWHERE in str(kernel.tables)
+
+    assert audit(world) == 1
+    assert own(kernel.tables) == desired(make_service(), make_slice())
 
 
 def test_only_the_chain_that_differs_is_written(world):

@@ -7,6 +7,7 @@ from kubeproxy_py.errors import BatchRejected, LockTimeout
 from kubeproxy_py.model import ServiceName
 from kubeproxy_py.quarantine import Quarantine
 from tests.support.builders import make_node, make_service, make_slice
+from tests.support.fake_iptables import empty_tables
 from tests.support.world import World, desired
 
 BAD = ServiceName("default", "bad")
@@ -122,6 +123,20 @@ def test_it_is_tried_again_when_its_time_has_come(world):
     assert world.syncer.quarantined == ()
 
 
+def test_it_is_tried_again_though_it_is_handed_out_as_it_was_at_that_moment(world):
+    world.listed(make_node(), *GOOD, BAD_SERVICE, bad())
+    world.sync()
+    world.kernel.refuses = lambda line: False
+    # There and back again before anybody looks: it is handed out, and is what was refused.
+    world.put(make_slice("bad", endpoints=["10.180.1.11"]))
+    world.put(bad())
+    world.now = world.syncer.retry_at
+    world.sync()
+
+    assert world.own() == desired(*GOOD, BAD_SERVICE, bad())
+    assert world.syncer.quarantined == ()
+
+
 def test_a_change_of_zone_does_not_bring_it_back(world):
     world.listed(make_node(), *GOOD, BAD_SERVICE, bad())
     world.sync()
@@ -164,6 +179,45 @@ def test_what_others_do_meanwhile_is_no_services_fault(world):
 
     assert world.syncer.quarantined == ()
     assert world.own() == desired(*GOOD, *good(9))
+
+
+def flush_while_we_write(kernel, *, when=lambda: True):
+    """Let somebody flush nat, once, while iptables makes its transaction of one of our inputs."""
+
+    def interfere(text):
+        if not when() or "-j DNAT" not in text:
+            return
+        kernel.before_restore = None
+        kernel.tables |= {"nat": empty_tables()["nat"]}
+        # Every line refers to what is gone, and nft says so of each.
+        refusal = "RULE_APPEND failed (No such file or directory)"
+        lines = range(1, text.count("\n") + 1)
+        kernel.fail_restore(BatchRejected(refusal, batch=text, lines=lines))
+
+    kernel.before_restore = interfere
+
+
+@pytest.mark.parametrize("is_first", [True, False], ids=["first sync", "repair"])
+def test_a_flush_while_we_write_is_no_services_fault(world, is_first):
+    world.listed(make_node(), *GOOD)
+    if not is_first:
+        world.sync()
+        world.kernel.tables["nat"] = empty_tables()["nat"]
+        world.syncer.forget_live()
+    flush_while_we_write(world.kernel)
+    world.sync()
+
+    assert world.quarantined == []
+    assert world.own() == desired(*GOOD)
+
+
+def test_a_flush_after_one_was_set_aside_is_no_other_services_fault(world):
+    world.listed(make_node(), *GOOD, BAD_SERVICE, bad())
+    flush_while_we_write(world.kernel, when=lambda: world.quarantined)
+    world.sync()
+
+    assert [name for name, _ in world.quarantined] == [BAD]
+    assert world.own() == desired(*GOOD)
 
 
 def test_waits_grow_up_to_a_limit_and_begin_anew_after_a_change():
@@ -235,6 +289,13 @@ def test_one_of_many_is_found_in_few_trials_of_which_each_is_a_sign_of_life(mute
     assert mute.syncer.quarantined == (BAD,)
     assert len(mute.kernel.restored) < 25
     assert mute.beats == len(mute.kernel.restored)
+
+
+def test_counters_of_what_is_written_to_find_it_are_read_before(mute):
+    mute.listed(make_node(), *many(8), BAD_SERVICE, bad())
+    mute.sync()
+
+    assert mute.surrounded == len(mute.kernel.restored)
 
 
 def test_a_kernel_that_refuses_everything_blames_nobody(mute):

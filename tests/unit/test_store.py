@@ -325,6 +325,13 @@ def test_trigger_times_are_handed_out_once(world):
     assert [world.store.take(V4).trigger_times for _ in range(2)] == [(1001.0, 1002.0), ()]
 
 
+def test_the_first_trigger_times_are_kept_where_nobody_takes_them(world):
+    for second in range(1001, 1301):
+        world.put(triggered(make_slice(endpoints=[f"10.180.1.{second % 200 + 1}"]), second))
+
+    assert world.store.take(V4).trigger_times == tuple(range(1001, 1101))
+
+
 def test_what_was_triggered_before_the_start_is_nobodys_latency(world):
     world.put(triggered(make_slice(), 999))
 
