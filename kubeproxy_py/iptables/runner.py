@@ -362,10 +362,15 @@ class Iptables:
     ) -> tuple[chains.Chains, list[str]]:
         """Return the first of these chains, and the names after the first one that is not shown."""
         some = names[:_LISTED_AT_ONCE]
-        # One process for all of them: a process each is 2 ms each. Nothing is committed.
-        asked = "".join(f"-S {name}\n" for name in some)
-        argv = [self.programs.restore, "--noflush"]
-        done = _run(argv, f"*{table}\n{asked}COMMIT\n")
+        if len(names) == 1:
+            command = self.programs.save.removesuffix("-save")
+            argv, asked = [command, "-t", table, "-S", *names], ""
+        else:
+            # That takes 2 ms a chain, and a process that takes many commands little more for
+            # thousands. Nothing is committed.
+            argv = [self.programs.restore, "--noflush"]
+            asked = "".join([f"*{table}\n", *(f"-S {name}\n" for name in some), "COMMIT\n"])
+        done = _run(argv, asked)
         if done.returncode and not any(words in done.stderr for words in _NOT_LISTED):
             raise _error(argv, done.returncode, done.stderr)
         lines = done.stdout.splitlines()
