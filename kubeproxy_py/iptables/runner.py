@@ -59,7 +59,7 @@ _UNSHOWN: Final = "Parsing nftables rule failed"
 # At what else it ends: a chain with rules of another kind, and one that does not exist. Up to 1.8.10,
 # "incompatible" is its word for both.
 _NOT_LISTED: Final = ("is incompatible", "No chain/target/match", "does not exist", _UNSHOWN)
-# 20,000 chains are listed in 0.6 s by so many, and in 2 s at once.
+# 50,000 chains, so many at a time, are listed in 2.3 s; 20,000 at once take 2 s already.
 _LISTED_AT_ONCE: Final = 2000
 # Of more, iptables (1.8.9) refuses to speak; nft allows names of 128.
 _MAX_CHAIN_NAME: Final = 28
