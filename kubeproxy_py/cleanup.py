@@ -14,6 +14,7 @@ from typing import Final
 import structlog
 
 from kubeproxy_py import rules
+from kubeproxy_py.dispatch import ChainId
 from kubeproxy_py.errors import IptablesError
 from kubeproxy_py.iptables import backends, chains, plan, runner
 from kubeproxy_py.model import IPFamily
@@ -93,6 +94,10 @@ def _clean_one(programs: runner.Programs) -> bool:
     iptables = runner.Iptables(programs)
     try:
         batch = removal(iptables.save())
+        jumps = sum(len(section.remove) for section in batch.sections)
+        if iptables.unreadable:
+            iptables.remove_unreadable(_removed_from(batch, iptables.unreadable))
+            batch = removal(iptables.save())
         if batch.sections:
             iptables.restore(batch)
     except IptablesError as error:
@@ -108,9 +113,22 @@ def _clean_one(programs: runner.Programs) -> bool:
         ip_family=programs.family.value,
         backend=programs.backend,
         chains=sum(len(section.delete) for section in batch.sections),
-        jumps=sum(len(section.remove) for section in batch.sections),
+        jumps=jumps,
     )
     return True
+
+
+def _removed_from(batch: plan.Batch, unreadable: Iterable[ChainId]) -> dict[ChainId, list[str]]:
+    """Return what *batch* removes from each of the *unreadable* chains."""
+    return {
+        chain: [
+            jump.rule
+            for section in batch.sections
+            for jump in section.remove
+            if (jump.table, jump.builtin) == chain
+        ]
+        for chain in unreadable
+    }
 
 
 def remove_nft_mode_tables() -> bool:

@@ -241,6 +241,11 @@ class Metrics:
         "The same chains, and built-in ones that had lost our jump, by what was done to them",
         ("table", "ip_family", "kind"),
     )
+    unreadable_chains = _gauge(
+        "kubeproxy_iptables_unreadable_chains",
+        "Chains of others in iptables' tables with rules that only nft can show",
+        _FAMILY,
+    )
     lock_wait_seconds = _counter(
         "kubeproxy_xtables_lock_wait_seconds_total",
         "Time that restores have waited for the xtables lock, the wait that is not over included",

@@ -165,6 +165,31 @@ class NetlinkSocket:
                     if seq == last:
                         return results
 
+    def request_batch(
+        self,
+        *,
+        begin: tuple[int, bytes],
+        messages: Sequence[tuple[int, bytes]],
+        end: tuple[int, bytes],
+    ) -> None:
+        """Send *messages* as one transaction, each a kind and a payload, and wait until it is done.
+
+        Raises:
+            NetlinkError: the kernel refused one, and so has done none.
+        """
+        sent = [
+            (begin[0], _NLM_F_REQUEST, begin[1]),
+            *((kind, _NLM_F_REQUEST | _NLM_F_ACK, payload) for kind, payload in messages),
+            (end[0], _NLM_F_REQUEST, end[1]),
+        ]
+        last = self._send(sent)
+        waiting = len(messages)
+        while waiting > 0:
+            for got, _, seq, body in self._receive():
+                if got == _NLMSG_ERROR and last - len(sent) < seq <= last:
+                    self._check(body)
+                    waiting -= 1
+
     def dump(self, kind: int, payload: bytes) -> Iterator[tuple[int, int, memoryview]]:
         """Send one request that is answered by a list; yield type, flags and payload of each item.
 

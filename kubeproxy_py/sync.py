@@ -55,6 +55,8 @@ _MAX_REFUSALS: Final = 20
 _MAX_TRIGGERS: Final = 100_000
 # Of those that an audit finds to differ, in its log line.
 _NAMED_SERVICES: Final = 10
+# Of those that iptables cannot show, in theirs.
+_NAMED_CHAINS: Final = 10
 
 
 class Kernel(Protocol):
@@ -64,6 +66,8 @@ class Kernel(Protocol):
     def lock_wait(self) -> LockWait | None: ...
     @property
     def lock_waited_s(self) -> float: ...
+    @property
+    def unreadable(self) -> frozenset[ChainId]: ...
     def has_rules(self, chain: ChainId) -> bool: ...
     def save(self, *, known: chains.Tables | None = None) -> chains.Tables: ...
     def restore(self, batch: plan.Batch) -> None: ...
@@ -210,6 +214,9 @@ class Syncer:
         # What the next sync reads of the kernel, where the rest is known; and who touched it.
         self._suspected: frozenset[ChainId] = frozenset()
         self._culprits: tuple[drift.Culprit, ...] = ()
+        # Chains of others with rules that only `nft` can show, as it was last told.
+        self._unreadable: frozenset[ChainId] = frozenset()
+        metrics.unreadable_chains.labels(family.value).set(0)
         # Outlive failed syncs: what they ask for is still to be done.
         self._trigger_times: list[float] = []
         self._has_stale_udp = False
@@ -643,6 +650,27 @@ class Syncer:
         self._metrics.iptables_restores.labels(family).inc()
         self._metrics.iptables_restore_lines.labels(family).inc(batch.line_count)
 
+    def _tell_unreadable(self) -> None:
+        # Of our own chains such rules are gone by now: they are written anew.
+        unreadable = frozenset(
+            chain for chain in self._kernel.unreadable if not chains.is_ours(*chain)
+        )
+        if unreadable == self._unreadable:
+            return
+        family, self._unreadable = self._family.value, unreadable
+        self._metrics.unreadable_chains.labels(family).set(len(unreadable))
+        if unreadable:
+            named = [f"{table}/{name}" for table, name in sorted(unreadable)[:_NAMED_CHAINS]]
+            log.warning(
+                "iptables.chains_unreadable",
+                ip_family=family,
+                count=len(unreadable),
+                chains=named,
+                message="rules that only nft can show are in iptables' tables; ours are kept up",
+            )
+        else:
+            log.info("iptables.chains_readable", ip_family=family)
+
     def _note_repairs(self, batches: Sequence[plan.Batch], live: chains.Tables) -> None:
         if self._is_auditing:
             self._repairs.note(batches, live=live, desired=self._ruleset.tables)
@@ -685,6 +713,7 @@ class Syncer:
         # Of the endpoints here, a reboot has left none; no load balancer is to be told otherwise on
         # the word of a file.
         self._effects.publish_health_checks({} if self.is_restored else ruleset.health_checks())
+        self._tell_unreadable()
         if result.is_full:
             self._effects.release_memory()
         self._clean_conntrack(ruleset)

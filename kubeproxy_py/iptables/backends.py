@@ -7,30 +7,19 @@ looking changes nothing: a legacy table that the kernel does not list is not ask
 would create it, with a hook that every packet passes.
 """
 
-import errno
 import subprocess
 from collections.abc import Callable, Iterable, Iterator
 from typing import Final
 
 import msgspec
 
-from kubeproxy_py import netlink, rules
+from kubeproxy_py import rules
 from kubeproxy_py.dispatch import ChainId
 from kubeproxy_py.errors import BackendMissing, IptablesError
-from kubeproxy_py.iptables import chains, runner
+from kubeproxy_py.iptables import chains, nftables, runner
 from kubeproxy_py.model import IPFamily
 
-# linux/netfilter/nf_tables.h and nfnetlink.h.
-_GETCHAIN: Final = 10 << 8 | 4
-_NFTA_CHAIN_TABLE: Final = 1
-_NFTA_CHAIN_NAME: Final = 3
-_AF: Final = {IPFamily.V4: 2, IPFamily.V6: 10}
-_NFGENMSG_BYTES: Final = 4
 _TABLES: Final = (rules.NAT, rules.FILTER, rules.MANGLE)
-# Whoever writes rules while they are listed spoils the list; nobody does all the time.
-_DUMP_ATTEMPTS: Final = 20
-# A kernel without nf_tables has no chains there.
-_NO_NFTABLES: Final = frozenset({errno.EINVAL, errno.EOPNOTSUPP})
 # Enough of their names to tell what they are.
 _NAMED_CHAINS: Final = 10
 
@@ -99,7 +88,7 @@ def chain_names(family: IPFamily, backend: runner.Backend) -> set[ChainId]:
             could read them.
     """
     try:
-        return _nft_chains(family) if backend == "nft" else set(_legacy_chains(family))
+        return nftables.chain_names(family) if backend == "nft" else set(_legacy_chains(family))
     except OSError as error:
         raise IptablesError(f"cannot list chains of {backend}: {error}") from error
 
@@ -131,38 +120,6 @@ def _jumps(family: IPFamily, backend: runner.Backend, tables: Iterable[str]) -> 
 
 def _has_hint(found: Iterable[ChainId]) -> bool:
     return any(chain.table == rules.MANGLE and chain.chain in runner.HINTS for chain in found)
-
-
-def _nft_chains(family: IPFamily) -> set[ChainId]:
-    """Return the chains of the nft tables that iptables-nft uses."""
-    for _ in range(_DUMP_ATTEMPTS):
-        try:
-            return _dump_nft_chains(family)
-        except OSError as error:
-            if error.errno in _NO_NFTABLES:
-                return set()
-            if error.errno != errno.EINTR:
-                raise
-    raise OSError(errno.EINTR, "they change all the time")
-
-
-def _dump_nft_chains(family: IPFamily) -> set[ChainId]:
-    found = set()
-    raw = netlink.connect(netlink.NETLINK_NETFILTER)
-    with netlink.NetlinkSocket(raw, "chains of nft") as sock:
-        # A struct nfgenmsg with the family; version and resource id are 0.
-        for _, _, payload in sock.dump(_GETCHAIN, bytes((_AF[family], 0, 0, 0))):
-            table = chain = ""
-            # What follows the name is of no interest, and there may be 60,000 of these.
-            for kind, value in netlink.attributes(payload[_NFGENMSG_BYTES:]):
-                if kind == _NFTA_CHAIN_TABLE:
-                    table = bytes(value[:-1]).decode(errors="replace")
-                elif kind == _NFTA_CHAIN_NAME:
-                    chain = bytes(value[:-1]).decode(errors="replace")
-                    break
-            if payload[0] == _AF[family] and table in _TABLES:
-                found.add(ChainId(table, chain))
-    return found
 
 
 def _legacy_chains(family: IPFamily) -> Iterator[ChainId]:

@@ -13,7 +13,7 @@ from kubeproxy_py import dispatch
 from kubeproxy_py.errors import IptablesError
 from kubeproxy_py.model import Chains, Tables
 
-__all__ = ["BUILTIN", "PROBE", "Chains", "Tables", "is_ours", "parse_save"]
+__all__ = ["BUILTIN", "PROBE", "TABLES", "Chains", "Tables", "is_ours", "parse_save"]
 
 #: Where it is tried what the kernel can do; left behind only by a crash.
 PROBE: Final = "KUBE-PROXY-PROBE"
@@ -41,6 +41,8 @@ _EXACT: Final = {
     ),
     "mangle": frozenset({"KUBE-PROXY-CANARY", PROBE}),
 }
+#: Those that may have chains of ours.
+TABLES: Final = frozenset(_EXACT)
 # In nat every chain of one ServicePort begins so, and those of our trees as well.
 _PREFIXES: Final = ("KUBE-SVC-", "KUBE-SVL-", "KUBE-SEP-", "KUBE-FW-", "KUBE-EXT-")
 BUILTIN: Final = frozenset({"PREROUTING", "INPUT", "FORWARD", "OUTPUT", "POSTROUTING"})
@@ -95,6 +97,7 @@ def parse_save(
     lines: Iterable[str],
     policies: dict[tuple[str, str], str] | None = None,
     known: Tables | None = None,
+    unshown: set[str] | None = None,
 ) -> Tables:
     """Parse the output of ``iptables-save`` (any number of tables, with or without counters).
 
@@ -103,9 +106,10 @@ def parse_save(
         policies: receives those of built-in chains by (table, chain).
         known: what is probably in it: chains that are the same are returned as they are here, so that
             a big node's rules are never in memory twice.
+        unshown: receives the tables of ours that the program does not show, though they are there.
 
     Raises:
-        IptablesError: for a table of ours that the program could not show; what is in it is not known.
+        IptablesError: for such a table, where nobody asks for them: what is in it is not known.
     """
     tables: Tables = {}
     reading = _Reading("", {})
@@ -130,9 +134,11 @@ def parse_save(
             reading = _Reading(table, (known or {}).get(table, {}))
         elif line.startswith("COMMIT"):
             tables[reading.table] = reading.end()
-        elif "is incompatible" in line and any(f"`{ours}'" in line for ours in _EXACT):
+        elif "is incompatible" in line and (found := [t for t in _EXACT if f"`{t}'" in line]):
             # Rules that only `nft` can show stand in iptables' own table; in raw, say, they are
             # nothing to us.
-            said = line.strip().removeprefix("# ")
-            raise IptablesError(f"cannot read live rules: {said}")
+            if unshown is None:
+                said = line.strip().removeprefix("# ")
+                raise IptablesError(f"cannot read live rules: {said}")
+            unshown.update(found)
     return tables

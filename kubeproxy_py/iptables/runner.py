@@ -8,12 +8,13 @@ kernel's state and read it again.
 
 import contextlib
 import fcntl
+import functools
 import os
 import re
 import shutil
 import subprocess
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from contextlib import nullcontext as _nothing
 from pathlib import Path
@@ -23,7 +24,7 @@ import structlog
 
 from kubeproxy_py.dispatch import ChainId
 from kubeproxy_py.errors import BackendMissing, BatchRejected, IptablesError, LockTimeout
-from kubeproxy_py.iptables import chains, libiptc
+from kubeproxy_py.iptables import chains, libiptc, nftables
 from kubeproxy_py.iptables.lock import LockWait, LockWatch
 from kubeproxy_py.model import IPFamily
 
@@ -53,9 +54,15 @@ _VERSION: Final = re.compile(r"v(\d+(?:\.\d+)+)")
 # MASQUERADE --random-fully is understood from here on.
 _RANDOM_FULLY_SINCE: Final = (1, 6, 2)
 
-# As iptables-nft says it of a chain that does not exist; "incompatible" is also what it says of one
-# with rules of another kind, which is to be written anew just the same.
-_NO_CHAIN: Final = ("No chain/target/match", "is incompatible", "does not exist")
+# A rule that iptables-nft began to show and could not: whatever follows it is not shown either.
+_UNSHOWN: Final = "Parsing nftables rule failed"
+# At what else it ends: a chain with rules of another kind, and one that does not exist. Up to 1.8.10,
+# "incompatible" is its word for both.
+_NOT_LISTED: Final = ("is incompatible", "No chain/target/match", "does not exist", _UNSHOWN)
+# 50,000 chains, so many at a time, are listed in 2.3 s; 20,000 at once take 2 s already.
+_LISTED_AT_ONCE: Final = 2000
+# Of more, iptables (1.8.9) refuses to speak; nft allows names of 128.
+_MAX_CHAIN_NAME: Final = 28
 
 _PREFIX: Final = {IPFamily.V4: "iptables", IPFamily.V6: "ip6tables"}
 _LEGACY_TABLES: Final = {
@@ -184,6 +191,10 @@ def _survey(programs: Programs, legacy_tables: Path) -> tuple[bool, int]:
     return has_hint, sum(len(rules) for table in tables.values() for rules in table.values())
 
 
+class _RuleUnshownError(IptablesError):
+    """A rule that is none of iptables' ended the program."""
+
+
 class Iptables:
     """The kernel's tables of one family, through one backend's programs."""
 
@@ -215,6 +226,9 @@ class Iptables:
         self.backend = programs.backend
         self._lock_wait_s = lock_wait_s
         self._process_limit_s = process_limit_s
+        #: Chains in which, when they were last read, there were rules that only `nft` can show. Of
+        #: such a rule ``nftables`` tells where it leads. Replaced as a whole. From any thread.
+        self.unreadable: frozenset[ChainId] = frozenset()
 
     @property
     def lock_wait(self) -> LockWait | None:
@@ -230,7 +244,7 @@ class Iptables:
         """Raise IptablesError unless nat, without which there are no Services, can be read."""
         argv = [self.programs.save, "-t", "nat"]
         done = _run(argv)
-        if done.returncode:
+        if done.returncode and _UNSHOWN not in done.stderr:
             raise _error(argv, done.returncode, done.stderr)
 
     def save(
@@ -241,12 +255,29 @@ class Iptables:
     ) -> chains.Tables:
         """Read all tables there are; see ``chains.parse_save`` for the arguments.
 
+        nft shows a table as a whole or, if one rule in it is none of iptables', not at all. Such a
+        table is read chain by chain.
+
         Raises:
             IptablesError: that is not possible.
         """
-        return self._read(
-            [self.programs.save], lambda lines: chains.parse_save(lines, policies, known)
-        )
+        found: chains.Tables = {}
+        unshown: set[str] = set()
+        try:
+            self._read(
+                [self.programs.save],
+                lambda lines: found.update(chains.parse_save(lines, policies, known, unshown)),
+            )
+        except _RuleUnshownError:
+            # Neither the rest of this table is shown, nor are those after it.
+            unshown |= {*chains.TABLES} - found.keys()
+        self.unreadable = frozenset()
+        if unshown:
+            names = self._ask_kernel(lambda: nftables.chain_names(self.family))
+            for table in unshown & {name.table for name in names}:
+                listed = sorted(name.chain for name in names if name.table == table)
+                found[table] = self._list_chains(table, listed, policies, known)
+        return found
 
     def has_rules(self, chain: ChainId) -> bool:
         """Tell whether there is such a chain, and any rule in it; however many others there are.
@@ -288,6 +319,90 @@ class Iptables:
         if process.returncode:
             raise _error(argv, process.returncode, said)
         return found
+
+    def _list_chains(
+        self,
+        table: str,
+        names: Sequence[str],
+        policies: dict[tuple[str, str], str] | None = None,
+        known: chains.Tables | None = None,
+    ) -> chains.Chains:
+        """Return those of these chains of nft that exist, each read by itself.
+
+        A chain that iptables cannot show is read as the kernel tells it, and noted as unreadable.
+        """
+        found: chains.Chains = {}
+        opaque: set[ChainId] = set()
+        left = [name for name in names if len(name) <= _MAX_CHAIN_NAME]
+        unlisted = [name for name in names if len(name) > _MAX_CHAIN_NAME]
+        while left:
+            shown, rest = self._list_some(table, left, policies, known)
+            found |= shown
+            unlisted += left[len(shown) : len(left) - len(rest)]
+            left = rest
+        for name in unlisted:
+            chain = ChainId(table, name)
+            told = self._ask_kernel(functools.partial(nftables.read_chain, self.family, chain))
+            if told is not None:
+                found[name] = told.rules
+                opaque.add(chain)
+                if policies is not None and told.policy:
+                    policies[table, name] = told.policy
+        self.unreadable = (
+            self.unreadable.difference(ChainId(table, name) for name in names) | opaque
+        )
+        return found
+
+    def _list_some(
+        self,
+        table: str,
+        names: list[str],
+        policies: dict[tuple[str, str], str] | None,
+        known: chains.Tables | None,
+    ) -> tuple[chains.Chains, list[str]]:
+        """Return the first of these chains, and the names after the first one that is not shown."""
+        some = names[:_LISTED_AT_ONCE]
+        if len(names) == 1:
+            command = self.programs.save.removesuffix("-save")
+            argv, asked = [command, "-t", table, "-S", *names], ""
+        else:
+            # That takes 2 ms a chain, and a process that takes many commands little more for
+            # thousands. Nothing is committed.
+            argv = [self.programs.restore, "--noflush"]
+            asked = "".join([f"*{table}\n", *(f"-S {name}\n" for name in some), "COMMIT\n"])
+        done = _run(argv, asked)
+        if done.returncode and not any(words in done.stderr for words in _NOT_LISTED):
+            raise _error(argv, done.returncode, done.stderr)
+        lines = done.stdout.splitlines()
+        count = sum(line.startswith(("-N ", "-P ")) for line in lines)
+        if done.returncode and _UNSHOWN in done.stderr:
+            # Some of its rules are shown, and not that there are more.
+            count = max(0, count - 1)
+        elif not done.returncode and count < len(some):
+            raise IptablesError(f"cannot read chains of {table}: {argv[0]} does not list them")
+        shown = {*some[:count]}
+        saved = [f"*{table}", *map(_as_saved, lines), "COMMIT"]
+        read = chains.parse_save(saved, policies, known)[table]
+        return (
+            {name: texts for name, texts in read.items() if name in shown},
+            names[count + 1 :] if count < len(some) else names[count:],
+        )
+
+    def remove_unreadable(self, rules: Mapping[ChainId, Collection[str]]) -> None:
+        """Remove rules, as they were read, from unreadable chains, where a restore's `-D` may fail.
+
+        Raises:
+            IptablesError: that is not possible.
+        """
+        for chain, texts in rules.items():
+            remove = functools.partial(nftables.remove_rules, self.family, chain, texts)
+            self._ask_kernel(remove)
+
+    def _ask_kernel(self, look: Callable[[], _T]) -> _T:
+        try:
+            return look()
+        except OSError as error:
+            raise IptablesError(f"cannot read chains of nft: {error}") from error
 
     def restore(self, batch: str | Input, *, test: bool = False) -> None:
         """Commit a restore input, leaving alone what it does not name.
@@ -349,7 +464,7 @@ class Iptables:
     def read_chain(self, chain: ChainId) -> tuple[str, ...] | None:
         """Return the rules of one chain; None: there is no such chain.
 
-        On nft this takes 2 ms whatever else there is. On legacy the whole table is read for it, by
+        On nft this takes 2 ms whatever else there is; see ``unreadable`` for what is then shown of it. On legacy the whole table is read for it, by
         the program that takes no lock: whoever watches who takes it need not know of this.
 
         Raises:
@@ -362,17 +477,8 @@ class Iptables:
                 [self.programs.save, "-t", table],
                 lambda lines: [line for line in lines if line.startswith(beginnings)],
             )
-        else:
-            command = self.programs.save.removesuffix("-save")
-            argv = [command, "-t", table, "-S", chain.chain]
-            done = _run(argv)
-            if any(words in done.stderr for words in _NO_CHAIN):
-                return None
-            if done.returncode:
-                raise _error(argv, done.returncode, done.stderr)
-            # The first line declares the chain, in another way than save does.
-            lines = [f":{chain.chain} -", *done.stdout.splitlines()]
-        return chains.parse_save([f"*{table}", *lines, "COMMIT"])[table].get(chain.chain)
+            return chains.parse_save([f"*{table}", *lines, "COMMIT"])[table].get(chain.chain)
+        return self._list_chains(table, [chain.chain]).get(chain.chain)
 
 
 def search_path() -> str:
@@ -381,11 +487,11 @@ def search_path() -> str:
     return os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/sbin", "/usr/bin", "/bin"])
 
 
-def _run(argv: list[str]) -> subprocess.CompletedProcess[str]:
+def _run(argv: list[str], text: str = "") -> subprocess.CompletedProcess[str]:
     try:
         return subprocess.run(  # noqa: S603 - fixed argv, no shell
             argv,
-            stdin=subprocess.DEVNULL,
+            input=text,
             capture_output=True,
             text=True,
             errors="replace",
@@ -409,6 +515,14 @@ def _feed(stdin: IO[str], batch: str | Input) -> None:
         stdin.writelines(_pieces(batch))
 
 
+def _as_saved(line: str) -> str:
+    """Return what ``-S`` prints as ``iptables-save`` would have it."""
+    if not line.startswith(("-N ", "-P ")):
+        return line
+    chain, _, policy = line[3:].partition(" ")
+    return f":{chain} {policy or '-'}"
+
+
 def _pieces(batch: str | Input) -> Iterable[str]:
     return (batch,) if isinstance(batch, str) else batch.pieces()
 
@@ -419,6 +533,8 @@ def _error(argv: list[str], status: int, said: str, batch: str | Input = "") -> 
         return LockTimeout(f"cannot get the xtables lock: {reason}")
     if any(text in said for text in _HOPELESS):
         return IptablesError(f"cannot use {argv[0]}: {reason}")
+    if not batch and _UNSHOWN in said:
+        return _RuleUnshownError(f"cannot run {argv[0]}: {reason}")
     # Whom a signal ended (a limit of time or memory) has not refused anything.
     if batch and status > 0:
         # iptables-nft-restore names every line that the kernel refused.

@@ -132,6 +132,9 @@ def collect(
         ),
         kubelet_elsewhere=survey.moved,
         nft_tables=unseen.attempt("nft tables", _nft_tables, frozenset[str]()),
+        unreadable=()
+        if is_blind
+        else unseen.attempt("rules", lambda: tuple(_unreadable(programs, chosen)), ()),
         rule_events_failure=_failure(lambda: events.connect().close()),
         lock_events_failure=_failure(lambda: infos.LockUsers(lock.lock_path()).close()),
         has_nfacct=nfacct.supported(),
@@ -247,6 +250,16 @@ def _programs() -> Iterator[Program]:
             except BackendMissing:
                 continue
             yield Program(backend, family, found.version)
+
+
+def _unreadable(programs: Iterable[Program], backend: str) -> Iterator[str]:
+    """Yield the chains with rules that the programs cannot show, which only nft's can have."""
+    for program in programs:
+        if program.backend == backend == "nft":
+            kernel = runner.Iptables(runner.find_programs(program.family, "nft"))
+            kernel.save()
+            for table, chain in sorted(kernel.unreadable):
+                yield f"{program.family.value} {table}/{chain}"
 
 
 def _backend(wanted: str) -> tuple[str, str, str]:

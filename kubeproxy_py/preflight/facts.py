@@ -77,6 +77,8 @@ class HostFacts(msgspec.Struct, frozen=True, kw_only=True):
     kubelet_elsewhere: tuple[IPFamily, ...] = ()
     #: Names of nft tables with their family, e.g. "inet firewalld".
     nft_tables: frozenset[str] = frozenset()
+    #: Chains of iptables' tables with rules that only `nft` can show, as FAMILY table/chain.
+    unreadable: tuple[str, ...] = ()
     #: Why the kernel does not tell of changes; "": it does.
     rule_events_failure: str = ""
     lock_events_failure: str = ""

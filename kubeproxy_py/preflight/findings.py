@@ -88,6 +88,11 @@ TOPICS: Final[dict[str, Topic]] = {
         "Tables of kube-proxy's nftables mode handle Services a second time.",
         "Stop that kube-proxy; `run` and `cleanup` delete the tables.",
     ),
+    "nft-rules": Topic(
+        "Rules that `nft` has written into iptables' own tables, in words that iptables does not have, "
+        "hide these tables from iptables-save, and from whoever reads them by it; ours are kept up.",
+        "Write such rules into a table of their own.",
+    ),
     "rule-events": Topic(
         "nft: the kernel tells who changes rules; otherwise changes are found within 30 s, without a name.",
         "Give it CAP_NET_ADMIN; use a kernel with nf_tables.",

@@ -27,6 +27,8 @@ _TABLE_ERROR: Final = 0.95
 # The kernel's own default is one to one or four to one; at eight a lookup begins to be felt.
 _ENTRIES_PER_BUCKET: Final = 8
 _STRICT: Final = 1
+# As many as a line has room for.
+_NAMED_CHAINS: Final = 5
 _IN_MEMORY: Final = frozenset({"tmpfs", "ramfs"})
 #: What the API server takes node ports from unless told otherwise.
 NODE_PORT_RANGE: Final = (30000, 32767)
@@ -55,6 +57,7 @@ def judge(
     yield from _state_file(facts)
     yield from _iptables(facts)
     yield from _other_rules(facts)
+    yield from _unreadable(facts)
     yield from _events(facts)
     yield from _processes(facts)
     yield from _servers(facts, config)
@@ -181,6 +184,17 @@ def _events(facts: HostFacts) -> Iterator[Finding]:
         yield _works("lock-events", "fanotify works", facts.lock_events_failure)
     found = "the kernel has it" if facts.has_nfacct else "the kernel has none, or does not tell"
     yield Finding("nfacct", "ok" if facts.has_nfacct else "info", found)
+
+
+def _unreadable(facts: HostFacts) -> Iterator[Finding]:
+    if facts.unreadable:
+        more = len(facts.unreadable) - _NAMED_CHAINS
+        said = ", ".join(facts.unreadable[:_NAMED_CHAINS]) + (
+            f" and {more} more" if more > 0 else ""
+        )
+        yield Finding("nft-rules", "info", f"rules that only `nft` can show are in {said}")
+    elif facts.backend == "nft":
+        yield Finding("nft-rules", "ok", "iptables can show all rules of its tables")
 
 
 def _works(topic: str, found: str, failure: str) -> Finding:

@@ -77,6 +77,8 @@ class FakeIptables:
         #: What ``runner.Iptables`` tells of the xtables lock.
         self.lock_wait: LockWait | None = None
         self.lock_waited_s = 0.0
+        #: What ``runner.Iptables`` tells of rules that only nft can show.
+        self.unreadable: frozenset[ChainId] = frozenset()
         #: Whether a refusal names the line.
         self.names_lines = True
         self._save_failures: deque[IptablesError] = deque()

@@ -72,6 +72,16 @@ def test_table_of_ours_that_only_nft_can_show_is_an_error(table):
         parse(text)
 
 
+def test_table_that_is_not_shown_is_named_to_who_asks():
+    unshown = set()
+    found = chains.parse_save(
+        f"# Table `filter' is incompatible, use 'nft' tool.\n{SAVED}".splitlines(), unshown=unshown
+    )
+
+    assert unshown == {"filter"}
+    assert found == parse(SAVED)
+
+
 @pytest.mark.parametrize(
     "said",
     [

@@ -73,6 +73,28 @@ def test_a_refused_request_raises_with_the_kernels_errno():
     assert caught.value.errno == errno.EPERM
 
 
+def batch(sock, *messages):
+    sock.request_batch(begin=(0x10, b"from"), messages=messages, end=(0x11, b"to::"))
+
+
+def test_a_batch_is_one_datagram_and_waits_for_each_of_its_messages():
+    # The beginning has number 1, and it is not acknowledged.
+    raw = ScriptedSocket(answer(0, seq=2), answer(0, seq=9), answer(0, seq=3))
+    batch(netlink.NetlinkSocket(raw, "tests"), (ITEM, b"abcd"), (ITEM, b"efgh"))
+    [sent] = raw.sent
+    kinds = [struct.unpack_from("=IHH", sent, at)[1:] for at in (0, 20, 40, 60)]
+
+    assert kinds == [
+        (0x10, 1), (ITEM, 5), (ITEM, 5), (0x11, 1),
+    ]  # fmt: skip
+    assert raw.datagrams == []
+
+
+def test_a_batch_of_which_anything_is_refused_raises():
+    with pytest.raises(netlink.NetlinkError, match="Operation not permitted"):
+        batch(opened(answer(errno.EPERM, seq=1)), (ITEM, b""))
+
+
 def test_an_error_says_what_could_not_be_done():
     error = netlink.NetlinkError(errno.EPERM, "conntrack entries")
 

@@ -144,6 +144,9 @@ CASES = {
         {"nft_tables": frozenset({"ip kube-proxy", "ip6 kube-proxy"})},
         [("nft-mode-tables", "warning")],
     ),
+    "rules that only nft can show": (
+        {"unreadable": ("IPv4 filter/INPUT",)}, [("nft-rules", "info")],
+    ),
     "no events": ({"rule_events_failure": "not permitted"}, [("rule-events", "info")]),
     "fanotify does not matter on nft": ({"lock_events_failure": "not permitted"}, []),
     "no nfacct": ({"has_nfacct": False}, [("nfacct", "info")]),

@@ -9,7 +9,7 @@ from structlog.testing import capture_logs
 
 from kubeproxy_py.dispatch import ChainId
 from kubeproxy_py.errors import BackendMissing, BatchRejected, IptablesError, LockTimeout
-from kubeproxy_py.iptables import runner
+from kubeproxy_py.iptables import nftables, runner
 from kubeproxy_py.model import IPFamily
 
 V4, V6 = IPFamily.V4, IPFamily.V6
@@ -192,19 +192,116 @@ def test_failed_save_is_not_believed_whatever_it_said(iptables, programs, says):
         iptables.save()
 
 
+#: A program that lists chains as iptables-nft-restore does, some of which it cannot show.
+LISTS = r"""
+while read command name; do
+case "$command $name" in
+"-S A") echo "-N A"; echo "-A A -j B";;
+"-S EMPTY") echo "-N EMPTY";;
+"-S INPUT") echo "-P INPUT DROP"; echo "-A INPUT -j A";;
+"-S B") echo "chain \`B' in table \`nat' is incompatible, use 'nft' tool." >&2; exit 1;;
+"-S HALF") echo "-N HALF"; echo "-A HALF -j A"
+  echo "Parsing nftables rule failed" >&2; exit 3;;
+"-S ROOT") echo "Permission denied (you must be root)" >&2; exit 1;;
+"-S ODD") echo "something else" >&2; exit 1;;
+esac
+done
+exit 0
+"""
+#: Lists one of them: iptables-nft -t nat -S CHAIN.
+LISTS_ONE = 'case "$1" in -t) echo "-S $4" | $0-restore; exit $?;; esac'
+
+
+@pytest.fixture
+def lister(programs, monkeypatch):
+    """Give an Iptables whose filter is not shown as a whole, and which has the chains of a list."""
+    programs.family("iptables-nft", "nft", "# Table `nat' is incompatible, use 'nft' tool.\n")
+    programs.write("iptables-nft-restore", body=LISTS)
+    programs.write("iptables-nft", says=VERSIONS["nft"], body=LISTS_ONE)
+    iptables = runner.Iptables(runner.find_programs(V4, "nft"))
+    names = []
+    told = nftables.Chain("ACCEPT", ("-m nft -j DROP",))
+    monkeypatch.setattr(
+        nftables, "chain_names", lambda family: {ChainId("nat", name) for name in names}
+    )
+    monkeypatch.setattr(
+        nftables, "read_chain", lambda family, chain: told if chain.chain != "GONE" else None
+    )
+    return iptables, names
+
+
+def test_a_table_that_is_not_shown_is_read_chain_by_chain(lister, programs):
+    iptables, names = lister
+    names += ["A", "EMPTY", "INPUT"]
+    policies = {}
+
+    assert iptables.save(policies) == {"nat": {"A": ("-j B",), "EMPTY": (), "INPUT": ("-j A",)}}
+    assert policies == {("nat", "INPUT"): "DROP"}
+    assert iptables.unreadable == frozenset()
+    assert "iptables-nft -t" not in programs.calls.read_text()
+
+
+def test_what_is_not_shown_of_it_is_read_as_the_kernel_tells_it(lister):
+    iptables, names = lister
+    long = "a" * 29
+    names += ["A", "B", "EMPTY", "HALF", "INPUT", long]
+    policies = {}
+    opaque = ("-m nft -j DROP",)
+
+    assert iptables.save(policies) == {
+        "nat": {
+            "A": ("-j B",), "B": opaque, "EMPTY": (), "HALF": opaque, "INPUT": ("-j A",), long: opaque,
+        }
+    }  # fmt: skip
+    assert {chain.chain for chain in iptables.unreadable} == {"B", "HALF", long}
+    assert policies["nat", "B"] == "ACCEPT"
+
+
+def test_a_chain_that_can_be_shown_again_is_unreadable_no_more(lister, programs):
+    iptables, _ = lister
+    assert iptables.read_chain(ChainId("nat", "B")) == ("-m nft -j DROP",)
+    assert iptables.unreadable == {ChainId("nat", "B")}
+    programs.write("iptables-nft-restore", says="-N B\n")
+
+    assert iptables.read_chain(ChainId("nat", "B")) == ()
+    assert iptables.unreadable == frozenset()
+
+
+def test_a_save_that_ends_at_a_rule_is_finished_chain_by_chain(lister, programs):
+    iptables, names = lister
+    names += ["A"]
+    programs.write(
+        "iptables-nft-save",
+        says="*filter\n:X - [0:0]\n-A X -j Y\nCOMMIT\n*nat\n:A - [0:0]\n",
+        complains="Error: unknown ipv4 meta key\nParsing nftables rule failed",
+        status=3,
+    )
+
+    assert iptables.save() == {"filter": {"X": ("-j Y",)}, "nat": {"A": ("-j B",)}}
+    iptables.check()
+
+
+@pytest.mark.parametrize(
+    ("chain", "said"),
+    [("ROOT", "you must be root"), ("ODD", "something else"), ("MUTE", "does not list them")],
+)
+def test_a_program_that_fails_for_other_reasons_is_believed_nothing(lister, chain, said):
+    iptables, names = lister
+    names += [chain]
+
+    with pytest.raises(IptablesError, match=said):
+        iptables.save()
+
+
 @pytest.mark.parametrize("backend", ["nft", "legacy"])
 @pytest.mark.parametrize(("chain", "expected"), [("A", True), ("EMPTY", False), ("B", False)])
 def test_it_is_told_whether_a_chain_has_rules(programs, monkeypatch, backend, chain, expected):
     prefix = f"iptables-{backend}"
     programs.family(prefix, backend, saved="*nat\n:A - [0:0]\n:EMPTY - [0:0]\n-A A -j B\nCOMMIT\n")
-    programs.write(
-        prefix,
-        says=VERSIONS[backend],
-        # As iptables-nft -t nat -S CHAIN.
-        body='case "$4" in A) echo "-N A"; echo "-A A -j B"; exit;; EMPTY) echo "-N EMPTY"; exit;;'
-        " B) echo 'iptables: No chain/target/match by that name.' >&2; exit 1;; esac",
-    )
+    programs.write(f"{prefix}-restore", body=LISTS)
+    programs.write(prefix, says=VERSIONS[backend], body=LISTS_ONE)
     monkeypatch.setattr(runner, "list_legacy_tables", lambda family: ["nat"])
+    monkeypatch.setattr(nftables, "read_chain", lambda family, chain: None)
     iptables = runner.Iptables(runner.find_programs(V4, backend))
 
     assert iptables.has_rules(ChainId("nat", chain)) is expected

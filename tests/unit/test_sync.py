@@ -9,6 +9,7 @@ from prometheus_client import CollectorRegistry
 from structlog.testing import capture_logs
 
 from kubeproxy_py import conntrack, rules, sync_loop
+from kubeproxy_py.dispatch import ChainId
 from kubeproxy_py.errors import BatchRejected, IptablesError, LockTimeout
 from kubeproxy_py.health import ProxyHealth
 from kubeproxy_py.iptables import chains
@@ -761,3 +762,25 @@ def test_what_cannot_be_synced_yet_makes_no_proxy_unhealthy(metrics):
     assert proxy.verdict().is_healthy
     assert set(proxy.liveness().values()) == {None}
     assert proxy.unreadiness() == ["programmed-IPv4: not synced since the start"]
+
+
+# What iptables cannot show ------------------------------------------------------------------------
+
+
+def test_rules_that_only_nft_can_show_are_told_once_and_when_they_are_gone(world):
+    # What is in a chain of ours is written over.
+    world.kernel.unreadable = {ChainId("filter", "INPUT"), ChainId("nat", "KUBE-SERVICES")}
+    with capture_logs() as logs:
+        for _ in range(2):
+            world.syncer.forget_live()
+            world.sync()
+        assert world.value("iptables_unreadable_chains") == 1
+        world.kernel.unreadable = frozenset()
+        world.syncer.forget_live()
+        world.sync()
+
+    told = [line for line in logs if line["event"].startswith("iptables.")]
+    assert [(line["event"], line.get("chains")) for line in told] == [
+        ("iptables.chains_unreadable", ["filter/INPUT"]), ("iptables.chains_readable", None),
+    ]  # fmt: skip
+    assert world.value("iptables_unreadable_chains") == 0
