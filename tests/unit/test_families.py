@@ -71,7 +71,6 @@ class World:
             # Not started: what is asked of it is looked at by nobody.
             reconciler=conntrack.Reconciler(metrics),
             meters={},
-            addresses_of=lambda family: (addresses.V4.node,),
             ensure_counters=lambda: False,
         )
         self.found = []
@@ -81,6 +80,7 @@ class World:
             PROGRAMS,
             self.around,
             has_watcher=False,
+            addresses_of=lambda: (addresses.V4.node,),
             found=self.found.append,
             tell=self.news.put,
         )
