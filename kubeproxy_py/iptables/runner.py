@@ -226,6 +226,11 @@ class Iptables:
         """Return how long restores have waited for the lock so far, all together."""
         return self._lock.waited_s if self._lock else 0.0
 
+    def abandon_lock_wait(self) -> None:
+        """Say that a restore which gave up waiting for the lock is not tried again."""
+        if self._lock is not None:
+            self._lock.abandon()
+
     def check(self) -> None:
         """Raise IptablesError unless nat, without which there are no Services, can be read."""
         argv = [self.programs.save, "-t", "nat"]
