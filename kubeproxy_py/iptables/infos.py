@@ -15,7 +15,7 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Final
 
@@ -119,8 +119,9 @@ class LegacyWatcher:
         self._known: dict[IPFamily, Infos] = {family: {} for family in families}
         self._own: dict[int, IPFamily] = {}  # by process
         self._looked_at = float("-inf")
-        # Who has used the lock since, without changing a size; None: nobody.
-        self._unseen: tuple[Culprit, ...] | None = None
+        # Who has used the lock since, by the families of which that has not told anything yet: what
+        # keeps all sizes may have been done to them.
+        self._unseen: dict[IPFamily, tuple[Culprit, ...]] = {}
 
     def start(self) -> None:
         """Begin; changes after the return of this are noticed.
@@ -164,9 +165,11 @@ class LegacyWatcher:
             yield
         finally:
             with self._lock:
-                others, _ = self._others()
+                others, has_closed = self._others()
                 self._has_changed(family)
                 del self._own[pid]
+                if has_closed:
+                    self._note_unseen(others, told=[family])
             # What others did at the same time is in the sizes that are taken for ours now.
             self._tell(dict.fromkeys([family], others) if others else {})
 
@@ -192,14 +195,18 @@ class LegacyWatcher:
             for family in self._known
             if family not in busy and self._has_changed(family)
         }
-        if found:
-            return found
         if has_closed:
-            self._unseen = tuple(dict.fromkeys((*(self._unseen or ()), *others)))
-        if self._unseen is None or self._clock() - self._looked_at < _CLOSER_LOOK_S:
-            return {}
-        unseen, self._unseen, self._looked_at = self._unseen, None, self._clock()
-        return dict.fromkeys(self._known, unseen)
+            self._note_unseen(others, told=found)
+        if self._unseen and self._clock() - self._looked_at >= _CLOSER_LOOK_S:
+            found = {**self._unseen, **found}
+            self._unseen, self._looked_at = {}, self._clock()
+        return found
+
+    def _note_unseen(self, others: tuple[Culprit, ...], told: Collection[IPFamily]) -> None:
+        for family in self._known:
+            if family not in told:
+                unseen = self._unseen.get(family, ())
+                self._unseen[family] = tuple(dict.fromkeys((*unseen, *others)))
 
     def _others(self) -> tuple[tuple[Culprit, ...], bool]:
         """Return who else used the lock since this was last asked; and whether one is done."""
