@@ -83,9 +83,9 @@ class Families:
         kernels: Mapping[IPFamily, runner.Iptables],
         around: Surroundings,
         *,
-        remove_nft_mode: Callable[[], object] = cleanup.remove_nft_mode_tables,
+        remove_nft_mode: Callable[[IPFamily], bool] = cleanup.remove_nft_mode_table,
     ) -> None:
-        """Program *kernels*; call *remove_nft_mode* once rules of all families are in its place."""
+        """Program *kernels*; call *remove_nft_mode* for a family once its rules are in its place."""
         self._kernels = kernels
         self._around = around
         self._remove_nft_mode = remove_nft_mode
@@ -93,7 +93,7 @@ class Families:
         self._families: Mapping[IPFamily, Family] = {}
         self._lock = threading.Lock()
         # Guarded by the lock:
-        self._unprogrammed = set(kernels)  # without a sync that succeeded
+        self._in_nft_mode = set(IPFamily)  # what kube-proxy's nftables mode left may be there
         self._counts_packets = False
 
     def start(self) -> None:
@@ -168,16 +168,25 @@ class Families:
         if isinstance(news, drift.Contest):
             self._around.reporter.contested(family, news)
             return
-        self._replace_nft_mode(family)
+        if news.is_full:
+            # The first is; later ones try again what failed, not too often.
+            self._replace_nft_mode(family)
         self._around.reporter.synced(family, news)
 
     def _replace_nft_mode(self, family: IPFamily) -> None:
-        """Remove what kube-proxy's nftables mode left, once rules of all families are in its place."""
+        """Remove what kube-proxy's nftables mode left of *family*, whose rules are in its place.
+
+        Each by itself: another family may never be programmed. What is left of a family that this
+        host has no programs for is followed by nobody, and goes with the first.
+        """
         with self._lock:
-            is_last = self._unprogrammed == {family}
-            self._unprogrammed.discard(family)
-        if is_last:
-            self._remove_nft_mode()
+            replaced = [
+                left for left in self._in_nft_mode if left is family or left not in self._kernels
+            ]
+        for left in replaced:
+            if self._remove_nft_mode(left):
+                with self._lock:
+                    self._in_nft_mode.discard(left)
 
 
 class Family:

@@ -21,6 +21,8 @@ from kubeproxy_py.iptables import chains, runner
 from kubeproxy_py.model import IPFamily
 
 # linux/netfilter/nf_tables.h and nfnetlink.h.
+_GETTABLE: Final = 10 << 8 | 1
+_NFTA_TABLE_NAME: Final = 1
 _GETCHAIN: Final = 10 << 8 | 4
 _NFTA_CHAIN_TABLE: Final = 1
 _NFTA_CHAIN_NAME: Final = 3
@@ -29,8 +31,8 @@ _NFGENMSG_BYTES: Final = 4
 _TABLES: Final = (rules.NAT, rules.FILTER, rules.MANGLE)
 # Whoever writes rules while they are listed spoils the list; nobody does all the time.
 _DUMP_ATTEMPTS: Final = 20
-# A kernel without nf_tables has no chains there.
-_NO_NFTABLES: Final = frozenset({errno.EINVAL, errno.EOPNOTSUPP})
+# A kernel without nf_tables, or without the family in it, has nothing there.
+_NO_NFTABLES: Final = frozenset({errno.EINVAL, errno.EOPNOTSUPP, errno.EAFNOSUPPORT})
 # Enough of their names to tell what they are.
 _NAMED_CHAINS: Final = 10
 
@@ -102,6 +104,26 @@ def chain_names(family: IPFamily, backend: runner.Backend) -> set[ChainId]:
         return _nft_chains(family) if backend == "nft" else set(_legacy_chains(family))
     except OSError as error:
         raise IptablesError(f"cannot list chains of {backend}: {error}") from error
+
+
+def has_nft_table(family: IPFamily, name: str) -> bool:
+    """Tell whether nft has a table *name* of *family*; where the kernel has no nft, it has none.
+
+    Raises:
+        IptablesError: the kernel does not tell.
+    """
+    payload = bytes((_AF[family], 0, 0, 0)) + netlink.attribute(
+        _NFTA_TABLE_NAME, f"{name}\0".encode()
+    )
+    try:
+        raw = netlink.connect(netlink.NETLINK_NETFILTER)
+        with netlink.NetlinkSocket(raw, f"nft table {name}") as sock:
+            sock.request(_GETTABLE, payload)
+    except OSError as error:
+        if error.errno == errno.ENOENT or error.errno in _NO_NFTABLES:
+            return False
+        raise IptablesError(f"cannot look for nft table {name}: {error}") from error
+    return True
 
 
 def _leftover(
