@@ -305,7 +305,7 @@ class Daemon:
             self._metrics,
             wait=self._life.stop.wait,
             tell=lambda found: self._reporter.post(
-                node_events.mixed(found.family, found.backend, is_met=bool(found.jumps))
+                node_events.mixed(found.family, found.backend, is_met=found.is_met)
             ),
         )
         self._health.add_readiness("backends", others.reason)
