@@ -346,7 +346,7 @@ class Daemon:
             is_ready=lambda: self._store.is_synced,
             metrics=self._metrics,
             tell=self._reporter.doubtful,
-            node_ips=lambda: node.ips,
+            node_ips=lambda: (self._store.node or node).ips,
             api=external.api_address(self._connection.server) if self._connection else None,
         )
         self._gatherer.doubts = lambda: [*map(str, found.notices)]
