@@ -32,7 +32,6 @@ _IFADDRMSG: Final = struct.Struct("=BBBBI")
 _RTNLGRP_IPV4_IFADDR: Final = 5
 _RTNLGRP_IPV6_IFADDR: Final = 9
 
-_AF: Final = {IPFamily.V4: socket.AF_INET, IPFamily.V6: socket.AF_INET6}
 
 # How often a list that changed under us is read again. Addresses change in bursts of milliseconds.
 _ATTEMPTS: Final = 5
@@ -200,10 +199,12 @@ def _addresses(
 ) -> Iterator[InterfaceAddress]:
     names = dict(devices())
     with opener() as sock:
-        for kind, _, payload in sock.dump(_RTM_GETADDR, _IFADDRMSG.pack(_AF[family], 0, 0, 0, 0)):
+        for kind, _, payload in sock.dump(
+            _RTM_GETADDR, _IFADDRMSG.pack(family.socket_family, 0, 0, 0, 0)
+        ):
             got_family, prefix_length, _, _, index = _IFADDRMSG.unpack_from(payload)
             # A kernel without IPv6 answers a request for it with all that it has.
-            if kind != _RTM_NEWADDR or got_family != _AF[family]:
+            if kind != _RTM_NEWADDR or got_family != family.socket_family:
                 continue
             values = dict(netlink.attributes(payload[_IFADDRMSG.size :]))
             # On a point-to-point link IFA_ADDRESS is the other end.
@@ -212,6 +213,6 @@ def _addresses(
                 yield InterfaceAddress(
                     # An interface can appear between the two lists; its number still tells it.
                     device=names.get(index, str(index)),
-                    address=socket.inet_ntop(_AF[family], value),
+                    address=socket.inet_ntop(family.socket_family, value),
                     prefix_length=prefix_length,
                 )

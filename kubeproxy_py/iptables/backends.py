@@ -26,7 +26,6 @@ _NFTA_TABLE_NAME: Final = 1
 _GETCHAIN: Final = 10 << 8 | 4
 _NFTA_CHAIN_TABLE: Final = 1
 _NFTA_CHAIN_NAME: Final = 3
-_AF: Final = {IPFamily.V4: 2, IPFamily.V6: 10}
 _NFGENMSG_BYTES: Final = 4
 _TABLES: Final = (rules.NAT, rules.FILTER, rules.MANGLE)
 # Whoever writes rules while they are listed spoils the list; nobody does all the time.
@@ -136,7 +135,7 @@ def has_nft_table(family: IPFamily, name: str) -> bool:
     Raises:
         IptablesError: the kernel does not tell.
     """
-    payload = bytes((_AF[family], 0, 0, 0)) + netlink.attribute(
+    payload = bytes((family.socket_family, 0, 0, 0)) + netlink.attribute(
         _NFTA_TABLE_NAME, f"{name}\0".encode()
     )
     try:
@@ -182,11 +181,11 @@ def _nft_chains(family: IPFamily) -> set[ChainId]:
 
 
 def _dump_nft_chains(family: IPFamily) -> set[ChainId]:
-    found = set()
+    found, number = set(), family.socket_family
     raw = netlink.connect(netlink.NETLINK_NETFILTER)
     with netlink.NetlinkSocket(raw, "chains of nft") as sock:
         # A struct nfgenmsg with the family; version and resource id are 0.
-        for _, _, payload in sock.dump(_GETCHAIN, bytes((_AF[family], 0, 0, 0))):
+        for _, _, payload in sock.dump(_GETCHAIN, bytes((number, 0, 0, 0))):
             table = chain = ""
             # What follows the name is of no interest, and there may be 60,000 of these.
             for kind, value in netlink.attributes(payload[_NFGENMSG_BYTES:]):
@@ -195,7 +194,7 @@ def _dump_nft_chains(family: IPFamily) -> set[ChainId]:
                 elif kind == _NFTA_CHAIN_NAME:
                     chain = bytes(value[:-1]).decode(errors="replace")
                     break
-            if payload[0] == _AF[family] and table in _TABLES:
+            if payload[0] == number and table in _TABLES:
                 found.add(ChainId(table, chain))
     return found
 

@@ -23,6 +23,7 @@ import structlog
 
 from kubeproxy_py import rules
 from kubeproxy_py.drift import Culprit, Suspicion
+from kubeproxy_py.iptables import libiptc
 from kubeproxy_py.iptables.lock import lock_path
 from kubeproxy_py.model import IPFamily
 
@@ -33,11 +34,6 @@ _SO_GET_INFO: Final = 64
 # struct ipt_getinfo: name, valid hooks, five entry points, five underflows, entries, bytes.
 _INFO: Final = struct.Struct("=32s13I")
 _LEVEL: Final = {IPFamily.V4: socket.IPPROTO_IP, IPFamily.V6: socket.IPPROTO_IPV6}
-_AF: Final = {IPFamily.V4: socket.AF_INET, IPFamily.V6: socket.AF_INET6}
-_NAMES: Final = {
-    IPFamily.V4: Path("/proc/net/ip_tables_names"),
-    IPFamily.V6: Path("/proc/net/ip6_tables_names"),
-}
 _TABLES: Final = (rules.NAT, rules.FILTER, rules.MANGLE)
 
 # Once for all: each CDLL, and each array type of ctypes, is a class of its own, which only a look for
@@ -73,11 +69,11 @@ def read_infos(family: IPFamily) -> Infos:
         OSError: the kernel gives no raw socket.
     """
     try:
-        names = _NAMES[family].read_text().split()
+        names = libiptc.TABLE_LISTS[family].read_text().split()
     except OSError:
         return {}
     infos: Infos = {}
-    with socket.socket(_AF[family], socket.SOCK_RAW, socket.IPPROTO_RAW) as sock:
+    with socket.socket(family.socket_family, socket.SOCK_RAW, socket.IPPROTO_RAW) as sock:
         # Asking for a table that does not exist would create it.
         for table in (name for name in _TABLES if name in names):
             buffer = _InfoBuffer.from_buffer_copy(_INFO.pack(table.encode(), *[0] * 13))

@@ -58,10 +58,6 @@ _RANDOM_FULLY_SINCE: Final = (1, 6, 2)
 _NO_CHAIN: Final = ("No chain/target/match", "is incompatible", "does not exist")
 
 _PREFIX: Final = {IPFamily.V4: "iptables", IPFamily.V6: "ip6tables"}
-_LEGACY_TABLES: Final = {
-    IPFamily.V4: Path("/proc/net/ip_tables_names"),
-    IPFamily.V6: Path("/proc/net/ip6_tables_names"),
-}
 
 
 class Input(Protocol):
@@ -116,7 +112,7 @@ class Detection(NamedTuple):
 
 
 def detect_backend(
-    families: Iterable[IPFamily], legacy_tables: Mapping[IPFamily, Path] = _LEGACY_TABLES
+    families: Iterable[IPFamily], legacy_tables: Mapping[IPFamily, Path] = libiptc.TABLE_LISTS
 ) -> Detection:
     """Find out which backend this host uses, as iptables-wrappers does.
 
@@ -157,7 +153,7 @@ def has_legacy_tables(family: IPFamily) -> bool:
 
 def list_legacy_tables(family: IPFamily) -> list[str]:
     """Return the legacy tables that the kernel has; see ``has_legacy_tables``."""
-    return _legacy_tables(_LEGACY_TABLES[family])
+    return _legacy_tables(libiptc.TABLE_LISTS[family])
 
 
 def _legacy_tables(names: Path) -> list[str]:
