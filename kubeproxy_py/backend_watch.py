@@ -10,6 +10,7 @@ long as they are all in one place, while a restart would leave the old ones behi
 from collections.abc import Callable, Sequence
 from typing import Final
 
+import msgspec
 import structlog
 
 from kubeproxy_py.iptables import backends, runner
@@ -69,14 +70,15 @@ class BackendWatch:
 
     def look(self) -> None:
         """Look once, and tell what is new."""
-        before, found = self.found, self._survey(self._backend, self._families)
+        before = self.found
+        found = _completed(self._survey(self._backend, self._families), before)
         self.found = found
         for family in self._families:
             here = [leftover for leftover in found.leftovers if leftover.family is family]
             labels = (family.value,)
             self._metrics.other_backend_chains.labels(*labels).set(sum(one.count for one in here))
             self._metrics.other_backend_jumps.labels(*labels).set(
-                sum(len(one.jumps) for one in here)
+                sum(len(one.jumps or ()) for one in here)
             )
         for leftover in found.leftovers:
             if leftover not in before.leftovers:
@@ -86,7 +88,7 @@ class BackendWatch:
                     backend=leftover.backend,
                     count=leftover.count,
                     chains=list(leftover.chains),
-                    jumps=list(leftover.jumps),
+                    jumps=None if leftover.jumps is None else list(leftover.jumps),
                     message=f"{leftover}; {_advice(leftover)}",
                 )
                 self._tell(leftover)
@@ -114,8 +116,22 @@ class BackendWatch:
 
     def reason(self) -> str | None:
         """Return why this node is not ready: packets meet rules that nobody keeps up to date."""
-        met = [leftover for leftover in self.found.leftovers if leftover.jumps]
+        met = [leftover for leftover in self.found.leftovers if leftover.is_met]
         return "; ".join(f"{leftover}: {_advice(leftover)}" for leftover in met) or None
+
+
+def _completed(found: backends.Survey, before: backends.Survey) -> backends.Survey:
+    """Return *found* with what was known *before* of what could not be looked at now."""
+    known = {leftover.family: leftover for leftover in before.leftovers}
+    leftovers = [
+        msgspec.structs.replace(leftover, jumps=known[leftover.family].jumps)
+        if leftover.jumps is None and leftover.family in known
+        else leftover
+        for leftover in found.leftovers
+    ]
+    leftovers += [known[family] for family in found.unknown if family in known]
+    moved = (*found.moved, *(family for family in before.moved if family in found.unknown))
+    return msgspec.structs.replace(found, leftovers=tuple(leftovers), moved=moved)
 
 
 def _advice(leftover: backends.Leftover) -> str:

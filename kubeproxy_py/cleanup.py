@@ -8,7 +8,7 @@ behind in the one that nobody looks at still meet every packet.
 
 import shutil
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Final
 
 import structlog
@@ -23,6 +23,8 @@ log = structlog.get_logger()
 
 # It answers within milliseconds, or waits for something that does not come.
 _NFT_LIMIT_S: Final = 60
+_NFT_MODE_TABLE: Final = "kube-proxy"
+_NFT_FAMILIES: Final = {IPFamily.V4: "ip", IPFamily.V6: "ip6"}
 
 
 def removal(live: chains.Tables) -> plan.Batch:
@@ -70,7 +72,9 @@ def clean(families: Iterable[IPFamily], backends: Iterable[runner.Backend]) -> b
                 is_clean = _is_nothing_there(family, backend, str(error)) and is_clean
                 continue
             is_clean = _clean_one(programs) and is_clean
-    return remove_nft_mode_tables() and is_clean
+    for family in IPFamily:
+        is_clean = remove_nft_mode_table(family) and is_clean
+    return is_clean
 
 
 def _is_nothing_there(family: IPFamily, backend: runner.Backend, why_not: str) -> bool:
@@ -131,33 +135,37 @@ def _removed_from(batch: plan.Batch, unreadable: Iterable[ChainId]) -> dict[Chai
     }
 
 
-def remove_nft_mode_tables() -> bool:
-    """Delete the tables of kube-proxy's nftables mode, which would handle Services twice.
+def remove_nft_mode_table(
+    family: IPFamily,
+    has_table: Callable[[IPFamily, str], bool] = backends.has_nft_table,
+) -> bool:
+    """Delete *family*'s table of kube-proxy's nftables mode, which would handle Services twice.
 
-    True unless a table is there and cannot be deleted; no `nft` program, no such tables.
+    Returns:
+        Whether there is none now; what is in the way is in the log.
     """
+    table = [_NFT_FAMILIES[family], _NFT_MODE_TABLE]
+    try:
+        if not has_table(family, _NFT_MODE_TABLE):
+            return True
+        error = _nft("delete", "table", *table)
+    except IptablesError as failure:
+        error = str(failure)
+    if error is not None:
+        log.error("cleanup.nft_table_left", table=table, error=error)
+        return False
+    log.info("cleanup.nft_table_deleted", table=table)
+    return True
+
+
+def _nft(*arguments: str) -> str | None:
+    """Run nft; return what went wrong, or None."""
     program = shutil.which("nft", path=runner.search_path())
     if program is None:
-        return True
-    is_clean = True
-    for family in ("ip", "ip6"):
-        table = [family, "kube-proxy"]
-        if _nft(program, "list", "table", *table) is not None:
-            continue
-        error = _nft(program, "delete", "table", *table)
-        if error is not None:
-            is_clean = False
-            log.error("cleanup.nft_table_left", table=table, error=error)
-        else:
-            log.info("cleanup.nft_table_deleted", table=table)
-    return is_clean
-
-
-def _nft(*argv: str) -> str | None:
-    """Run nft; return what went wrong, or None."""
+        return "no nft program"
     try:
         done = subprocess.run(  # noqa: S603 - fixed argv, no shell
-            argv, capture_output=True, text=True, check=False, timeout=_NFT_LIMIT_S
+            [program, *arguments], capture_output=True, text=True, check=False, timeout=_NFT_LIMIT_S
         )
     except (OSError, subprocess.TimeoutExpired) as error:
         return str(error)

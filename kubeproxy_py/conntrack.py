@@ -207,7 +207,7 @@ class _Matcher:
         self._local = (
             None
             if local_addresses is None
-            else frozenset(socket.inet_pton(ctnetlink.AF[family], ip) for ip in local_addresses)
+            else frozenset(socket.inet_pton(family.socket_family, ip) for ip in local_addresses)
         )
 
     def stale(self, entries: Iterable[memoryview]) -> Iterator[memoryview]:
@@ -240,7 +240,7 @@ class _Matcher:
 
     def _pack(self, address: Address) -> _Packed:
         ip, port = address
-        return socket.inet_pton(ctnetlink.AF[self._family], ip), port.to_bytes(2, "big")
+        return socket.inet_pton(self._family.socket_family, ip), port.to_bytes(2, "big")
 
     def _is_local(self, destination: bytes) -> bool:
         if self._local is None or destination in self._local:

@@ -13,7 +13,6 @@ from kubeproxy_py.flows import Counts
 from kubeproxy_py.model import IPFamily
 
 #: Address family numbers, as netlink has them.
-AF: Final = {IPFamily.V4: socket.AF_INET, IPFamily.V6: socket.AF_INET6}
 
 # linux/netfilter/nfnetlink_conntrack.h and nfnetlink_compat.h.
 GET: Final = 1 << 8 | 1
@@ -61,7 +60,7 @@ class Ends(NamedTuple):
 
 def generic_header(family: IPFamily | None) -> bytes:
     """Return struct nfgenmsg: address family (None: both), version, resource id."""
-    return struct.pack("=BBH", AF[family] if family else socket.AF_UNSPEC, 0, 0)
+    return struct.pack("=BBH", family.socket_family if family else socket.AF_UNSPEC, 0, 0)
 
 
 def only_protocol(number: int) -> bytes:

@@ -306,7 +306,7 @@ class Daemon:
             self._metrics,
             wait=self._life.stop.wait,
             tell=lambda found: self._reporter.post(
-                node_events.mixed(found.family, found.backend, is_met=bool(found.jumps))
+                node_events.mixed(found.family, found.backend, is_met=found.is_met)
             ),
         )
         self._health.add_readiness("backends", others.reason)
@@ -347,7 +347,7 @@ class Daemon:
             is_ready=lambda: self._store.is_synced,
             metrics=self._metrics,
             tell=self._reporter.doubtful,
-            node_ips=lambda: node.ips,
+            node_ips=lambda: (self._store.node or node).ips,
             api=external.api_address(self._connection.server) if self._connection else None,
         )
         self._gatherer.doubts = lambda: [*map(str, found.notices)]

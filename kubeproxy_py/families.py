@@ -71,8 +71,6 @@ class Surroundings(msgspec.Struct, frozen=True, kw_only=True):
     reconciler: conntrack.Reconciler
     #: Of all families, or of none: connections are not counted.
     meters: Mapping[IPFamily, traffic_meter.FamilyMeter]
-    #: This host's addresses of a family, now.
-    addresses_of: Callable[[IPFamily], Sequence[str]] = host.addresses_of
     #: Makes the nfacct counters if they are missing; False: there are none on this host.
     ensure_counters: Callable[[], bool] = host.ensure_counters
 
@@ -85,9 +83,9 @@ class Families:
         kernels: Mapping[IPFamily, runner.Iptables],
         around: Surroundings,
         *,
-        remove_nft_mode: Callable[[], object] = cleanup.remove_nft_mode_tables,
+        remove_nft_mode: Callable[[IPFamily], bool] = cleanup.remove_nft_mode_table,
     ) -> None:
-        """Program *kernels*; call *remove_nft_mode* once rules of all families are in its place."""
+        """Program *kernels*; call *remove_nft_mode* for a family once its rules are in its place."""
         self._kernels = kernels
         self._around = around
         self._remove_nft_mode = remove_nft_mode
@@ -95,19 +93,20 @@ class Families:
         self._families: Mapping[IPFamily, Family] = {}
         self._lock = threading.Lock()
         # Guarded by the lock:
-        self._unprogrammed = set(kernels)  # without a sync that succeeded
+        self._in_nft_mode = set(IPFamily)  # what kube-proxy's nftables mode left may be there
         self._counts_packets = False
 
     def start(self) -> None:
         """Watch what rules and node ports depend on, and start a thread for each family."""
         watcher = self._watch_rules()
-        self._watch_addresses()
+        addresses_of = self._watch_addresses()
         self._families = {
             family: Family(
                 _announced(kernel.programs, watcher, self._around.metrics),
                 kernel.programs,
                 self._around,
                 has_watcher=watcher is not None,
+                addresses_of=functools.partial(addresses_of, family),
                 found=self._note_findings,
                 tell=functools.partial(self._tell, family),
             )
@@ -149,18 +148,14 @@ class Families:
         self._around.life.at_end(watcher.stop)
         return watcher
 
-    def _watch_addresses(self) -> None:
-        """Let node ports follow the addresses of the interfaces, where they depend on them."""
-        cidrs = options.node_port_cidrs(self._around.settings.config, self._around.facts.node_ips)
-        if all(listed is None for listed in cidrs.values()):
-            return
+    def _watch_addresses(self) -> Callable[[IPFamily], Sequence[str]]:
+        """Let node ports follow this host's addresses, where they depend on them; return those."""
         watcher = hostnet.AddressWatcher(self.nudge_all)
-        try:
+        cidrs = options.node_port_cidrs(self._around.settings.config, self._around.facts.node_ips)
+        if any(listed is not None for listed in cidrs.values()):
             watcher.start()
-        except OSError as error:
-            # The audit looks at the addresses as well, only later.
-            log.warning("hostnet.watch_unavailable", error=str(error))
-        self._around.life.at_end(watcher.stop)
+            self._around.life.at_end(watcher.stop)
+        return watcher.addresses_of
 
     def _note_findings(self, found: probe.Findings) -> None:
         """Show the counters that rules of any family have."""
@@ -173,16 +168,25 @@ class Families:
         if isinstance(news, drift.Contest):
             self._around.reporter.contested(family, news)
             return
-        self._replace_nft_mode(family)
+        if news.is_full:
+            # The first is; later ones try again what failed, not too often.
+            self._replace_nft_mode(family)
         self._around.reporter.synced(family, news)
 
     def _replace_nft_mode(self, family: IPFamily) -> None:
-        """Remove what kube-proxy's nftables mode left, once rules of all families are in its place."""
+        """Remove what kube-proxy's nftables mode left of *family*, whose rules are in its place.
+
+        Each by itself: another family may never be programmed. What is left of a family that this
+        host has no programs for is followed by nobody, and goes with the first.
+        """
         with self._lock:
-            is_last = self._unprogrammed == {family}
-            self._unprogrammed.discard(family)
-        if is_last:
-            self._remove_nft_mode()
+            replaced = [
+                left for left in self._in_nft_mode if left is family or left not in self._kernels
+            ]
+        for left in replaced:
+            if self._remove_nft_mode(left):
+                with self._lock:
+                    self._in_nft_mode.discard(left)
 
 
 class Family:
@@ -195,6 +199,7 @@ class Family:
         around: Surroundings,
         *,
         has_watcher: bool,
+        addresses_of: Callable[[], Sequence[str]],
         found: Callable[[probe.Findings], None],
         tell: Callable[[sync.SyncResult | drift.Contest], None],
     ) -> None:
@@ -206,6 +211,7 @@ class Family:
             programs: by which it is.
             around: what all families work with.
             has_watcher: others' changes are noticed while nobody looks.
+            addresses_of: returns this host's addresses, where node ports depend on them.
             found: called with what this family's rules can be made of, before the first sync.
             tell: called after each sync that succeeded and when a contest has begun; must not block.
         """
@@ -215,6 +221,7 @@ class Family:
         self._is_nft = programs.backend == "nft"
         self._around = around
         self._has_watcher = has_watcher
+        self._addresses_of = addresses_of
         self._found = found
         self._tell = tell
         config, ips = around.settings.config, around.facts.node_ips
@@ -284,7 +291,7 @@ class Family:
     def _served(self, *, allows_loopback: bool) -> tuple[str, ...] | None:
         """Return the addresses that have node ports now; None: all, by the kernel's judgement."""
         cidrs = self._node_port_cidrs
-        local = () if cidrs is None else self._around.addresses_of(self._family)
+        local = () if cidrs is None else self._addresses_of()
         return options.served_addresses(cidrs, local, allows_loopback=allows_loopback)
 
     def _effects(

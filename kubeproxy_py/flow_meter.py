@@ -114,7 +114,7 @@ class FlowMeter:
         """Count for *ports*, of these namespaces (none: all), once these are known (*is_ready*)."""
         self._ports = ports
         self._local_addresses = local_addresses
-        self._families = {int(ctnetlink.AF[family]): family for family in families}
+        self._families = {int(family.socket_family): family for family in families}
         self._metrics = metrics
         self._is_ready = is_ready
         self._namespaces = frozenset(namespaces)

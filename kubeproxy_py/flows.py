@@ -20,7 +20,6 @@ FROM_SERVICE: Final = "from_service"
 Counts = tuple[int, int, int, int]
 """Packets and bytes of a connection to the Service, and then from it."""
 
-_AF: Final = {IPFamily.V4: socket.AF_INET, IPFamily.V6: socket.AF_INET6}
 _NUMBERS: Final[dict[Protocol, int]] = {
     "tcp": socket.IPPROTO_TCP,
     "udp": socket.IPPROTO_UDP,
@@ -43,7 +42,7 @@ class Fronts:
         namespaces: Collection[str] = (),
     ) -> None:
         """Take *ports* of these namespaces (none: all); their node ports are on *local_addresses*."""
-        number = _AF[family]
+        number = family.socket_family
         self._is_v4 = family is IPFamily.V4
         self._addresses: dict[tuple[int, bytes, bytes], ServicePortName] = {}
         self._node_ports: dict[tuple[int, bytes], ServicePortName] = {}

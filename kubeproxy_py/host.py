@@ -16,7 +16,7 @@ import structlog
 from kubeproxy_py import hostnet, nfacct, rules
 from kubeproxy_py.config import KubeProxyConfiguration
 from kubeproxy_py.errors import BackendMissing, ConfigError, IptablesError, KubeProxyError
-from kubeproxy_py.iptables import runner
+from kubeproxy_py.iptables import chains, runner
 from kubeproxy_py.model import IPFamily
 
 log = structlog.get_logger()
@@ -86,7 +86,7 @@ def find_kernels(backend: runner.Backend) -> dict[IPFamily, runner.Iptables]:
 def knows_nfacct_match(kernel: runner.Iptables) -> bool:
     """Tell whether iptables knows the match of our counters. Unlike a probe, it changes nothing."""
     text = (
-        "*filter\n:KUBE-PROXY-PROBE - [0:0]\n-A KUBE-PROXY-PROBE"
+        f"*filter\n:{chains.PROBE} - [0:0]\n-A {chains.PROBE}"
         f" -m nfacct --nfacct-name {rules.INVALID_DROPPED_COUNTER} -j DROP\nCOMMIT\n"
     )
     try:

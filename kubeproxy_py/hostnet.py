@@ -1,8 +1,8 @@
 """
 What this host's network interfaces say: their addresses, when they change, and whether there is IPv6.
 
-Asked anew whenever it is needed. Node-port rules and conntrack follow interfaces, so a remembered
-answer would be wrong sooner or later.
+Asked anew whenever it is needed, or followed by the kernel's events. Node-port rules and conntrack
+follow interfaces, so an answer that is only remembered would be wrong sooner or later.
 """
 
 import errno
@@ -11,7 +11,7 @@ import select
 import socket
 import struct
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Final, NamedTuple
 
@@ -32,10 +32,11 @@ _IFADDRMSG: Final = struct.Struct("=BBBBI")
 _RTNLGRP_IPV4_IFADDR: Final = 5
 _RTNLGRP_IPV6_IFADDR: Final = 9
 
-_AF: Final = {IPFamily.V4: socket.AF_INET, IPFamily.V6: socket.AF_INET6}
 
 # How often a list that changed under us is read again. Addresses change in bursts of milliseconds.
 _ATTEMPTS: Final = 5
+# How soon to look again where that failed, or where there are no events: a look costs a millisecond.
+_RETRY_S: Final = 1.0
 
 
 class InterfaceAddress(NamedTuple):
@@ -83,9 +84,10 @@ def has_ipv6(root: Path = Path("/")) -> bool:
 
 
 class AddressWatcher:
-    """Calls back, from a thread of its own, after the set of this host's addresses has changed.
+    """Knows this host's addresses; calls back, from a thread of its own, after their set has changed.
 
-    Renewed lifetimes, as every IPv6 router advertisement brings, are no change.
+    Renewed lifetimes, as every IPv6 router advertisement brings, are no change. Nor is a list that
+    cannot be read: what was read last holds until it can.
     """
 
     def __init__(
@@ -93,72 +95,101 @@ class AddressWatcher:
         callback: Callable[[], None],
         listing: Callable[[IPFamily], Iterable[InterfaceAddress]] = local_addresses,
         opener: Callable[[Iterable[int]], netlink.NetlinkSocket] = connect,
+        *,
+        retry_s: float = _RETRY_S,
     ) -> None:
         self._callback = callback
         self._list = listing
         self._open = opener
+        self._retry_s = retry_s
         self._thread = threading.Thread(target=self._run, name="addresses", daemon=True)
-        self._known: frozenset[InterfaceAddress] = frozenset()
+        # Replaced as a whole: other threads read it.
+        self._known: Mapping[IPFamily, frozenset[InterfaceAddress]] = {}
         self._wake = -1
+        # None: there are no events now, or the list could not be read.
         self._events: netlink.NetlinkSocket | None = None
+        self._is_failing = False
+
+    def addresses_of(self, family: IPFamily) -> tuple[str, ...]:
+        """Return the addresses of *family* as they were read last; none before that. From any thread."""
+        return tuple(found.address for found in self._known.get(family, ()))
 
     def start(self) -> None:
-        """Begin; changes after the return of this are noticed.
+        """Begin; changes after the return of this are noticed, without a call for those before.
 
         Raises:
-            OSError: the kernel gives no events or addresses. Nothing is running then.
+            OSError: this process may open no more files. Nothing is running then.
         """
-        events = self._open((_RTNLGRP_IPV4_IFADDR, _RTNLGRP_IPV6_IFADDR))
-        try:
-            # After joining: what changes in between is seen twice rather than never.
-            self._known = self._addresses()
-            self._wake = os.eventfd(0)
-        except BaseException:
-            events.close()
-            raise
-        self._events = events
+        self._wake = os.eventfd(0)
+        self._look()
         self._thread.start()
 
     def stop(self) -> None:
         """End the thread, waiting for a callback that runs; nothing happens if it never started."""
-        if self._events is None:
+        if self._wake < 0:
             return
         os.eventfd_write(self._wake, 1)
         self._thread.join()
-        self._events.close()
+        self._close()
         os.close(self._wake)
-        self._events = None
+        self._wake = -1
 
     def _run(self) -> None:
-        assert self._events is not None
-        poller = select.poll()
-        poller.register(self._events, select.POLLIN)
-        poller.register(self._wake, select.POLLIN)
-        while True:
-            if any(descriptor == self._wake for descriptor, _ in poller.poll()):
-                return
-            try:
-                self._follow(self._events)
-            except OSError:
-                # Syncs for other reasons still read the addresses; only the nudge is missing.
-                log.exception("addresses.watch_failed")
-                return
+        while not self._wait():
+            if self._look():
+                self._callback()
 
-    def _follow(self, events: netlink.NetlinkSocket) -> None:
+    def _wait(self) -> bool:
+        """Wait for events, or a moment where there are none; True: stopped."""
+        poller = select.poll()
+        poller.register(self._wake, select.POLLIN)
+        if self._events is not None:
+            poller.register(self._events, select.POLLIN)
+        ready = poller.poll(None if self._events is not None else self._retry_s * 1000)
+        return any(descriptor == self._wake for descriptor, _ in ready)
+
+    def _look(self) -> bool:
+        """Take the events there are, and read the list; return whether it has changed."""
+        failure = None
         try:
-            for _ in events.events():
+            self._take_events()
+        except OSError as error:
+            failure = error
+        known = self._known
+        try:
+            self._known = {family: frozenset(self._list(family)) for family in IPFamily}
+        except OSError as error:
+            failure = error
+        if failure is not None:
+            # Without a socket, it is opened and everything read again in a moment.
+            self._close()
+        self._tell(failure)
+        return self._known != known
+
+    def _take_events(self) -> None:
+        if self._events is None:
+            # Before the list is read: what changes in between is seen twice rather than never.
+            self._events = self._open((_RTNLGRP_IPV4_IFADDR, _RTNLGRP_IPV6_IFADDR))
+            return
+        try:
+            for _ in self._events.events():
                 pass  # what changed is told by the list, not by the event
         except netlink.NetlinkError as error:
             # Events that were lost are a reason to look, as any.
             if error.errno != errno.ENOBUFS:
                 raise
-        found = self._addresses()
-        if found != self._known:
-            self._known = found
-            self._callback()
 
-    def _addresses(self) -> frozenset[InterfaceAddress]:
-        return frozenset(address for family in IPFamily for address in self._list(family))
+    def _tell(self, failure: OSError | None) -> None:
+        if failure is not None and not self._is_failing:
+            log.error("addresses.watch_failed", error=str(failure))
+        elif failure is None and self._is_failing:
+            log.info("addresses.watch_recovered")
+        self._is_failing = failure is not None
+
+    def _close(self) -> None:
+        if self._events is not None:
+            self._events.close()
+        self._events = None
 
 
 def _addresses(
@@ -168,10 +199,12 @@ def _addresses(
 ) -> Iterator[InterfaceAddress]:
     names = dict(devices())
     with opener() as sock:
-        for kind, _, payload in sock.dump(_RTM_GETADDR, _IFADDRMSG.pack(_AF[family], 0, 0, 0, 0)):
+        for kind, _, payload in sock.dump(
+            _RTM_GETADDR, _IFADDRMSG.pack(family.socket_family, 0, 0, 0, 0)
+        ):
             got_family, prefix_length, _, _, index = _IFADDRMSG.unpack_from(payload)
             # A kernel without IPv6 answers a request for it with all that it has.
-            if kind != _RTM_NEWADDR or got_family != _AF[family]:
+            if kind != _RTM_NEWADDR or got_family != family.socket_family:
                 continue
             values = dict(netlink.attributes(payload[_IFADDRMSG.size :]))
             # On a point-to-point link IFA_ADDRESS is the other end.
@@ -180,6 +213,6 @@ def _addresses(
                 yield InterfaceAddress(
                     # An interface can appear between the two lists; its number still tells it.
                     device=names.get(index, str(index)),
-                    address=socket.inet_ntop(_AF[family], value),
+                    address=socket.inet_ntop(family.socket_family, value),
                     prefix_length=prefix_length,
                 )

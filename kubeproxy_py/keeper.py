@@ -67,7 +67,6 @@ class StateFile:
 
     def prepare(self) -> None:
         """Make sure that the directory is there and can be written. Raises OSError."""
-        self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         os.close(self._open_draft())
         self._draft.unlink()
 
@@ -108,6 +107,7 @@ class StateFile:
 
     def _open_draft(self) -> int:
         flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
+        self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         # Addresses of all that runs in the cluster: not everybody's business.
         return os.open(self._draft, flags, 0o600)
 
@@ -164,7 +164,7 @@ class Keeper:
         self._now = now
         self._changed = threading.Event()
         self._written = ""  # digest of what the file has
-        # A save has failed since the last that did not.
+        # It could not be prepared, or saved, since the last save that was done.
         self._is_failing = False
         #: Replaced as a whole: other threads read it.
         self.state = FileState(str(file.path))
@@ -186,9 +186,8 @@ class Keeper:
         except OSError as error:
             self._note_failure("prepare", error)
             log.warning("snapshot.unavailable", path=str(self._file.path), error=_reason(error))
-            # A thread that ends would end the daemon.
-            self._stop.wait()
-            return
+            # What cannot be written may hold what this node needs now, and may be writable later.
+            self._is_failing = True
         self._offer()
         while not self._stop.is_set():
             self._changed.wait()
@@ -238,6 +237,9 @@ class Keeper:
         store, node = self._store, self._store.node
         if node is None or not store.is_synced:
             return
+        if self._is_failing and not self._is_writable():
+            # Megabytes would be packed for nothing, again and again.
+            return
         packed = snapshot.pack(node, {family: store.states(family) for family in store.families})
         digest = hashlib.sha256(packed).hexdigest()
         if digest == self._written:
@@ -247,12 +249,7 @@ class Keeper:
         try:
             self._file.write(data)
         except (OSError, snapshot.Unusable) as error:
-            self._note_failure("save", error)
-            if not self._is_failing:
-                log.warning("snapshot.save_failed", path=str(self._file.path), error=_reason(error))
-            self._is_failing = True
-            # Not lost: it is due again, in a while.
-            self._changed.set()
+            self._note_unsaved(error)
             return
         if self._is_failing:
             log.info("snapshot.save_recovered", path=str(self._file.path))
@@ -260,11 +257,27 @@ class Keeper:
         self._written = digest
         self._note_content(now, len(data))
 
+    def _is_writable(self) -> bool:
+        try:
+            self._file.prepare()
+        except OSError as error:
+            self._note_unsaved(error)
+            return False
+        return True
+
+    def _note_unsaved(self, error: OSError | ValueError) -> None:
+        self._note_failure("save", error)
+        if not self._is_failing:
+            log.warning("snapshot.save_failed", path=str(self._file.path), error=_reason(error))
+        self._is_failing = True
+        # Not lost: it is due again, in a while.
+        self._changed.set()
+
     def _note_content(self, saved_at: float, size_bytes: int) -> None:
         self._metrics.snapshot_saved_timestamp.set(saved_at)
         self._metrics.snapshot_bytes.set(size_bytes)
         self.state = msgspec.structs.replace(
-            self.state, saved_at=saved_at, size_bytes=size_bytes, is_failing=False
+            self.state, saved_at=saved_at, size_bytes=size_bytes, is_failing=self._is_failing
         )
 
     def _note_failure(self, operation: Operation, error: OSError | ValueError) -> None:

@@ -28,7 +28,6 @@ _INODE_AT: Final = 68
 _MESSAGE_BYTES: Final = 72
 _SKV6ONLY: Final = 11
 
-_AF: Final = {IPFamily.V4: socket.AF_INET, IPFamily.V6: socket.AF_INET6}
 _ADDRESS_BYTES: Final = {IPFamily.V4: 4, IPFamily.V6: 16}
 # The kernel's numbers of states: a TCP socket that listens, and a UDP socket that is not connected.
 _KINDS: Final[tuple[tuple[Protocol, int, int], ...]] = (
@@ -61,7 +60,7 @@ def listening(opener: Opener = connect) -> list[Listener]:
         for protocol, number, states in _KINDS:
             # One socket for each list: a kernel without one of these protocols ends it early.
             with opener() as sock:
-                request = _REQUEST.pack(_AF[family], number, 0, states)
+                request = _REQUEST.pack(family.socket_family, number, 0, states)
                 for _, _, payload in sock.dump(_SOCK_DIAG_BY_FAMILY, request):
                     found.append(_parse(family, protocol, payload))
     return found
@@ -69,7 +68,7 @@ def listening(opener: Opener = connect) -> list[Listener]:
 
 def _parse(family: IPFamily, protocol: Protocol, payload: memoryview) -> Listener:
     source = bytes(payload[_SOURCE_AT : _SOURCE_AT + _ADDRESS_BYTES[family]])
-    text = socket.inet_ntop(_AF[family], source)
+    text = socket.inet_ntop(family.socket_family, source)
     address = addresses.parse_ip(text)
     assert address is not None  # it has just been printed
     values = dict(netlink.attributes(payload[_MESSAGE_BYTES:]))

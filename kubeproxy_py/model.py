@@ -6,6 +6,7 @@ rules for how API objects become these records stand in ``records.py``.
 """
 
 import enum
+import socket
 from typing import Literal, NamedTuple
 
 import msgspec
@@ -24,6 +25,11 @@ class IPFamily(enum.Enum):
 
     V4 = "IPv4"
     V6 = "IPv6"
+
+    @property
+    def socket_family(self) -> socket.AddressFamily:
+        """Return the kernel's number of it."""
+        return socket.AF_INET if self is IPFamily.V4 else socket.AF_INET6
 
 
 class ServiceName(NamedTuple):

@@ -14,12 +14,9 @@ import structlog
 from prometheus_client.core import CounterMetricFamily
 from prometheus_client.registry import Collector
 
-from kubeproxy_py import netlink
+from kubeproxy_py import netlink, rules
 
 log = structlog.get_logger()
-
-CT_STATE_INVALID_DROPPED: Final = "ct_state_invalid_dropped_pkts"
-LOCALHOST_NODEPORTS_ACCEPTED: Final = "localhost_nps_accepted_pkts"
 
 _NFNL_MSG_ACCT_NEW: Final = 7 << 8 | 0
 _NFNL_MSG_ACCT_GET: Final = 7 << 8 | 1
@@ -116,12 +113,12 @@ class NfacctCollector(Collector):
 _METRICS: Final = (
     (
         "kubeproxy_iptables_ct_state_invalid_dropped_packets",
-        CT_STATE_INVALID_DROPPED,
+        rules.INVALID_DROPPED_COUNTER,
         "[ALPHA] packets dropped by iptables to work around conntrack problems",
     ),
     (
         "kubeproxy_iptables_localhost_nodeports_accepted_packets",
-        LOCALHOST_NODEPORTS_ACCEPTED,
+        rules.LOCALHOST_NODE_PORTS_COUNTER,
         "[ALPHA] Number of packets accepted on nodeports of loopback interface",
     ),
 )

@@ -78,9 +78,16 @@ def contested(family: IPFamily, contest: drift.Contest) -> NodeEvent:
     )
 
 
-def mixed(family: IPFamily, backend: str, *, is_met: bool) -> NodeEvent:
-    """Tell that rules stand in the backend that is not used, and whether packets meet them."""
-    met = "packets pass them as well, though nobody keeps them up to date" if is_met else "harmless"
+def mixed(family: IPFamily, backend: str, *, is_met: bool | None) -> NodeEvent:
+    """Tell that rules stand in the backend that is not used, and whether packets meet them.
+
+    With None for *is_met*, nobody knows.
+    """
+    met = {
+        True: "packets pass them as well, though nobody keeps them up to date",
+        False: "harmless",
+        None: "whether packets pass them as well cannot be seen",
+    }[is_met]
     return NodeEvent(
         event_type="Warning",
         reason="BackendsMixed",

@@ -301,7 +301,6 @@ class Recorder:
             return False
         return True
 
-
     def _service_uid(self, regarding: dict[str, str]) -> str:
         """Return the uid of a Service, by which `kubectl describe` finds Events; "": it is unknown.
 

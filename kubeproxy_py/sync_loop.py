@@ -157,6 +157,9 @@ class SyncLoop:
             started, waited_s = self._clock(), self._syncer.lock_waited_s
             outcome = self._sync()
             ended = self._clock()
+            if outcome != "locked":
+                # A change that waited for the lock may have been undone meanwhile.
+                self._syncer.abandon_lock_wait()
             # Waiting for the lock costs nobody anything, so it is no reason for a pause.
             idle_s = self._syncer.lock_waited_s - waited_s
             with self._wake:

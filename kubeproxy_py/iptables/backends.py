@@ -31,12 +31,20 @@ class Leftover(msgspec.Struct, frozen=True):
     family: IPFamily
     count: int
     chains: tuple[str, ...]  # the first few, as table/chain
-    #: Built-in chains, as table/chain, that lead there: packets meet these rules. None: harmless.
-    jumps: tuple[str, ...]
+    #: Built-in chains, as table/chain, that lead there: packets meet these rules. Empty: harmless;
+    #: None: it cannot be seen.
+    jumps: tuple[str, ...] | None
+
+    @property
+    def is_met(self) -> bool | None:
+        """Tell whether packets pass these rules; None: nobody knows."""
+        return None if self.jumps is None else bool(self.jumps)
 
     def __str__(self) -> str:
         what = f"{self.family.value}: {self.count} chains of kube-proxy's in {self.backend} tables"
-        return f"{what}, which packets pass as well" if self.jumps else what
+        if self.is_met is None:
+            return f"{what}, and it cannot be seen whether packets pass them"
+        return f"{what}, which packets pass as well" if self.is_met else what
 
 
 class Survey(msgspec.Struct, frozen=True):
@@ -45,6 +53,8 @@ class Survey(msgspec.Struct, frozen=True):
     leftovers: tuple[Leftover, ...] = ()
     #: Families whose kubelet keeps its hint in the other backend, and none in ours.
     moved: tuple[IPFamily, ...] = ()
+    #: Families of which nothing is known: their chains could not be listed.
+    unknown: tuple[IPFamily, ...] = ()
     #: What could not be looked at, and why.
     failures: tuple[str, ...] = ()
 
@@ -57,6 +67,7 @@ def survey(
     own: runner.Backend,
     families: Iterable[IPFamily],
     list_chains: Callable[[IPFamily, runner.Backend], set[ChainId]] | None = None,
+    find_jumps: Callable[[IPFamily, runner.Backend, Iterable[str]], tuple[str, ...]] | None = None,
 ) -> Survey:
     """Look what there is in the backend that is not *own*. Never raises, and changes nothing.
 
@@ -64,20 +75,33 @@ def survey(
         own: the backend that is used.
         families: those that are programmed.
         list_chains: what to call instead of ``chain_names``.
+        find_jumps: returns the built-in chains of some tables that lead to chains of ours, as
+            table/chain; otherwise they are read by its programs.
     """
-    list_chains = list_chains or chain_names
-    leftovers, moved, failures = [], [], []
+    list_chains, find_jumps = list_chains or chain_names, find_jumps or _jumps
+    leftovers, moved, unknown, failures = [], [], [], []
     for family in families:
+        looked_at = f"{family.value}, {other(own)}"
         try:
             found = list_chains(family, other(own))
-            leftover = _leftover(family, other(own), found)
-            if leftover is not None:
-                leftovers.append(leftover)
-            if _has_hint(found) and not _has_hint(list_chains(family, own)):
-                moved.append(family)
+            has_moved = _has_hint(found) and not _has_hint(list_chains(family, own))
         except IptablesError as error:
-            failures.append(f"{family.value}, {other(own)}: {error}")
-    return Survey(tuple(leftovers), tuple(moved), tuple(failures))
+            unknown.append(family)
+            failures.append(f"{looked_at}: {error}")
+            continue
+        if has_moved:
+            moved.append(family)
+        ours = sorted(chain for chain in found if chains.is_ours(*chain))
+        if not ours:
+            continue
+        try:
+            jumps = find_jumps(family, other(own), {chain.table for chain in ours})
+        except IptablesError as error:
+            jumps = None
+            failures.append(f"{looked_at}: {error}")
+        named = tuple(f"{table}/{chain}" for table, chain in ours[:_NAMED_CHAINS])
+        leftovers.append(Leftover(other(own), family, len(ours), named, jumps))
+    return Survey(tuple(leftovers), tuple(moved), tuple(unknown), tuple(failures))
 
 
 def chain_names(family: IPFamily, backend: runner.Backend) -> set[ChainId]:
@@ -93,15 +117,16 @@ def chain_names(family: IPFamily, backend: runner.Backend) -> set[ChainId]:
         raise IptablesError(f"cannot list chains of {backend}: {error}") from error
 
 
-def _leftover(
-    family: IPFamily, backend: runner.Backend, found: Iterable[ChainId]
-) -> Leftover | None:
-    ours = sorted(chain for chain in found if chains.is_ours(*chain))
-    if not ours:
-        return None
-    jumps = _jumps(family, backend, {chain.table for chain in ours})
-    named = tuple(f"{table}/{chain}" for table, chain in ours[:_NAMED_CHAINS])
-    return Leftover(backend, family, len(ours), named, jumps)
+def has_nft_table(family: IPFamily, name: str) -> bool:
+    """Tell whether *family* has an nft table of that *name*, whoever made it.
+
+    Raises:
+        IptablesError: the kernel does not tell.
+    """
+    try:
+        return nftables.has_table(family, name)
+    except OSError as error:
+        raise IptablesError(f"cannot look for nft table {name}: {error}") from error
 
 
 def _jumps(family: IPFamily, backend: runner.Backend, tables: Iterable[str]) -> tuple[str, ...]:

@@ -9,7 +9,7 @@ the only judge of what may be written or deleted.
 from collections.abc import Iterable
 from typing import Final
 
-from kubeproxy_py import dispatch
+from kubeproxy_py import dispatch, rules
 from kubeproxy_py.errors import IptablesError
 from kubeproxy_py.model import Chains, Tables
 
@@ -43,8 +43,6 @@ _EXACT: Final = {
 }
 #: Those that may have chains of ours.
 TABLES: Final = frozenset(_EXACT)
-# In nat every chain of one ServicePort begins so, and those of our trees as well.
-_PREFIXES: Final = ("KUBE-SVC-", "KUBE-SVL-", "KUBE-SEP-", "KUBE-FW-", "KUBE-EXT-")
 BUILTIN: Final = frozenset({"PREROUTING", "INPUT", "FORWARD", "OUTPUT", "POSTROUTING"})
 
 
@@ -53,7 +51,8 @@ def is_ours(table: str, chain: str) -> bool:
     if chain in _EXACT.get(table, ()):
         return True
     if table == "nat":
-        return chain.startswith(_PREFIXES)
+        # Those of our trees begin as a ServicePort's do.
+        return chain.startswith(rules.PORT_CHAIN_PREFIXES)
     return table == "filter" and dispatch.tree_depth(chain) is not None
 
 

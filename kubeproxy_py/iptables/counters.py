@@ -44,7 +44,6 @@ _GETRULE: Final = 10 << 8 | 7
 _RULE_TABLE, _RULE_CHAIN, _RULE_EXPRESSIONS = 1, 2, 4
 _EXPR_NAME, _EXPR_DATA = 1, 2
 _COUNTER_BYTES, _COUNTER_PACKETS = 1, 2
-_AF: Final = {IPFamily.V4: socket.AF_INET, IPFamily.V6: socket.AF_INET6}
 _GENERIC_BYTES: Final = 4
 _COUNT: Final = struct.Struct(">Q")
 # How often chains that change while they are read are read again; they have a handful of rules.
@@ -92,7 +91,7 @@ class NftCounters:
     def read(self, table: str, chains: Collection[str]) -> Counts:
         if not chains:
             return {}
-        head = bytes([_AF[self._family], 0, 0, 0]) + netlink.attribute(
+        head = bytes([self._family.socket_family, 0, 0, 0]) + netlink.attribute(
             _RULE_TABLE, table.encode() + b"\0"
         )
         found: Counts = {}
@@ -212,7 +211,7 @@ def _locked(path: Path, pause: Callable[[float], object]) -> Iterator[None]:
 
 
 def _read_entries(family: IPFamily, table: str) -> bytes | bytearray:
-    with socket.socket(_AF[family], socket.SOCK_RAW, socket.IPPROTO_RAW) as sock:
+    with socket.socket(family.socket_family, socket.SOCK_RAW, socket.IPPROTO_RAW) as sock:
         for _ in range(_ATTEMPTS):
             info = infos.read_infos(family).get(table)
             if info is None:

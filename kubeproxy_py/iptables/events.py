@@ -43,7 +43,7 @@ _NFTA_GEN_PROC_NAME: Final = 3
 # struct nfgenmsg: address family, version, and the lower half of the generation's number.
 _NFGENMSG: Final = struct.Struct(">BBH")
 _NLM_F_EXCL: Final = 0x200
-_FAMILIES: Final[dict[int, IPFamily]] = {socket.AF_INET: IPFamily.V4, socket.AF_INET6: IPFamily.V6}
+_FAMILIES: Final[dict[int, IPFamily]] = {family.socket_family: family for family in IPFamily}
 _TABLES: Final = frozenset({rules.FILTER, rules.NAT, rules.MANGLE})
 _JUMPED_FROM: Final = frozenset(ChainId(jump.table, jump.builtin) for jump in rules.JUMPS)
 _ENSURED: Final = ChainId(rules.FILTER, rules.FIREWALL)

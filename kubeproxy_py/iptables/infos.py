@@ -15,7 +15,7 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Final
 
@@ -23,6 +23,7 @@ import structlog
 
 from kubeproxy_py import rules
 from kubeproxy_py.drift import Culprit, Suspicion
+from kubeproxy_py.iptables import libiptc
 from kubeproxy_py.iptables.lock import lock_path
 from kubeproxy_py.model import IPFamily
 
@@ -33,11 +34,6 @@ _SO_GET_INFO: Final = 64
 # struct ipt_getinfo: name, valid hooks, five entry points, five underflows, entries, bytes.
 _INFO: Final = struct.Struct("=32s13I")
 _LEVEL: Final = {IPFamily.V4: socket.IPPROTO_IP, IPFamily.V6: socket.IPPROTO_IPV6}
-_AF: Final = {IPFamily.V4: socket.AF_INET, IPFamily.V6: socket.AF_INET6}
-_NAMES: Final = {
-    IPFamily.V4: Path("/proc/net/ip_tables_names"),
-    IPFamily.V6: Path("/proc/net/ip6_tables_names"),
-}
 _TABLES: Final = (rules.NAT, rules.FILTER, rules.MANGLE)
 
 # Once for all: each CDLL, and each array type of ctypes, is a class of its own, which only a look for
@@ -73,11 +69,11 @@ def read_infos(family: IPFamily) -> Infos:
         OSError: the kernel gives no raw socket.
     """
     try:
-        names = _NAMES[family].read_text().split()
+        names = libiptc.TABLE_LISTS[family].read_text().split()
     except OSError:
         return {}
     infos: Infos = {}
-    with socket.socket(_AF[family], socket.SOCK_RAW, socket.IPPROTO_RAW) as sock:
+    with socket.socket(family.socket_family, socket.SOCK_RAW, socket.IPPROTO_RAW) as sock:
         # Asking for a table that does not exist would create it.
         for table in (name for name in _TABLES if name in names):
             buffer = _InfoBuffer.from_buffer_copy(_INFO.pack(table.encode(), *[0] * 13))
@@ -119,8 +115,9 @@ class LegacyWatcher:
         self._known: dict[IPFamily, Infos] = {family: {} for family in families}
         self._own: dict[int, IPFamily] = {}  # by process
         self._looked_at = float("-inf")
-        # Who has used the lock since, without changing a size; None: nobody.
-        self._unseen: tuple[Culprit, ...] | None = None
+        # Who has used the lock since, by the families of which that has not told anything yet: what
+        # keeps all sizes may have been done to them.
+        self._unseen: dict[IPFamily, tuple[Culprit, ...]] = {}
 
     def start(self) -> None:
         """Begin; changes after the return of this are noticed.
@@ -164,9 +161,11 @@ class LegacyWatcher:
             yield
         finally:
             with self._lock:
-                others, _ = self._others()
+                others, has_closed = self._others()
                 self._has_changed(family)
                 del self._own[pid]
+                if has_closed:
+                    self._note_unseen(others, told=[family])
             # What others did at the same time is in the sizes that are taken for ours now.
             self._tell(dict.fromkeys([family], others) if others else {})
 
@@ -192,14 +191,18 @@ class LegacyWatcher:
             for family in self._known
             if family not in busy and self._has_changed(family)
         }
-        if found:
-            return found
         if has_closed:
-            self._unseen = tuple(dict.fromkeys((*(self._unseen or ()), *others)))
-        if self._unseen is None or self._clock() - self._looked_at < _CLOSER_LOOK_S:
-            return {}
-        unseen, self._unseen, self._looked_at = self._unseen, None, self._clock()
-        return dict.fromkeys(self._known, unseen)
+            self._note_unseen(others, told=found)
+        if self._unseen and self._clock() - self._looked_at >= _CLOSER_LOOK_S:
+            found = {**self._unseen, **found}
+            self._unseen, self._looked_at = {}, self._clock()
+        return found
+
+    def _note_unseen(self, others: tuple[Culprit, ...], told: Collection[IPFamily]) -> None:
+        for family in self._known:
+            if family not in told:
+                unseen = self._unseen.get(family, ())
+                self._unseen[family] = tuple(dict.fromkeys((*unseen, *others)))
 
     def _others(self) -> tuple[tuple[Culprit, ...], bool]:
         """Return who else used the lock since this was last asked; and whether one is done."""

@@ -9,13 +9,20 @@ It is blind to nft, and takes milliseconds a rule, so it is never used for more 
 import contextlib
 import importlib
 from collections.abc import Set as AbstractSet
-from typing import Any
+from pathlib import Path
+from typing import Any, Final
 
 import structlog
 
 from kubeproxy_py.model import IPFamily
 
 log = structlog.get_logger()
+
+#: Where the kernel lists the legacy tables it has in this network namespace.
+TABLE_LISTS: Final = {
+    IPFamily.V4: Path("/proc/net/ip_tables_names"),
+    IPFamily.V6: Path("/proc/net/ip6_tables_names"),
+}
 
 
 def has_any_chain(family: IPFamily, table: str, names: AbstractSet[str]) -> bool:

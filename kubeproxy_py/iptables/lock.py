@@ -185,11 +185,25 @@ class LockWatch:
             return
         if self._is_told:
             log.info("lock.acquired", ip_family=self._family.value, waited_s=round(wait.seconds, 1))
+        self._end()
+        # What this restore may still wait for begins here: each table takes the lock for itself.
+        self._began = self._counted_until = self._clock()
+
+    def abandon(self) -> None:
+        """Say that no restore follows one that gave up: there is nothing to be written any more."""
+        wait = self.wait
+        if wait is None:
+            return
+        if self._is_told:
+            log.info(
+                "lock.abandoned", ip_family=self._family.value, waited_s=round(wait.seconds, 1)
+            )
+        self._end()
+
+    def _end(self) -> None:
         self.wait = None
         self._is_told = False
         self._is_waiting.set(0)
-        # What this restore may still wait for begins here: each table takes the lock for itself.
-        self._began = self._counted_until = self._clock()
 
     def _count(self, now: float, holders: tuple[Holder, ...]) -> None:
         self._seconds.inc(now - self._counted_until)

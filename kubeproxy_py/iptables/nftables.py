@@ -24,7 +24,7 @@ Opener = Callable[[], netlink.RawSocket]
 OPAQUE: Final = "-m nft"
 
 # linux/netfilter/nfnetlink.h and nf_tables.h.
-_GETCHAIN, _GETRULE, _DELRULE = 10 << 8 | 4, 10 << 8 | 7, 10 << 8 | 8
+_GETTABLE, _GETCHAIN, _GETRULE, _DELRULE = 10 << 8 | 1, 10 << 8 | 4, 10 << 8 | 7, 10 << 8 | 8
 _BATCH_BEGIN, _BATCH_END = 0x10, 0x11
 _CHAIN_TABLE, _CHAIN_NAME, _CHAIN_POLICY = 1, 3, 5
 _RULE_TABLE, _RULE_CHAIN, _RULE_HANDLE, _RULE_EXPRESSIONS = 1, 2, 3, 4
@@ -34,7 +34,6 @@ _DATA_VERDICT: Final = 2
 _VERDICT_CODE, _VERDICT_CHAIN = 1, 2
 _VERDICTS: Final = {0: " -j DROP", 1: " -j ACCEPT", -3: " -j ", -4: " -g ", -5: " -j RETURN"}
 _POLICIES: Final = {0: "DROP", 1: "ACCEPT"}
-_AF: Final = {IPFamily.V4: 2, IPFamily.V6: 10}
 _NFGENMSG_BYTES: Final = 4
 # What errors say that the kernel was asked for.
 _SUBJECT: Final = "chains of nft"
@@ -43,8 +42,8 @@ _OF_NFTABLES: Final = struct.pack(">BBH", 0, 0, 10)
 _TABLES: Final = (rules.NAT, rules.FILTER, rules.MANGLE)
 # Whoever writes rules while they are listed spoils the list; nobody does all the time.
 _ATTEMPTS: Final = 20
-# A kernel without nf_tables has no chains there.
-_NO_NFTABLES: Final = frozenset({errno.EINVAL, errno.EOPNOTSUPP})
+# A kernel without nf_tables, or without the family in it, has nothing there.
+_NO_NFTABLES: Final = frozenset({errno.EINVAL, errno.EOPNOTSUPP, errno.EAFNOSUPPORT})
 _COMMENT: Final = re.compile(r'--comment "?([^"]+)"?')
 
 
@@ -63,6 +62,22 @@ class Chain(NamedTuple):
 class _Rule(NamedTuple):
     handle: bytes
     text: str
+
+
+def has_table(family: IPFamily, name: str, opener: Opener = connect) -> bool:
+    """Tell whether there is a table of that *name*, whoever made it.
+
+    Raises:
+        OSError: the kernel does not tell.
+    """
+    try:
+        with netlink.NetlinkSocket(opener(), f"nft table {name}") as sock:
+            sock.request(_GETTABLE, _head(family, name))
+    except OSError as error:
+        if error.errno == errno.ENOENT or error.errno in _NO_NFTABLES:
+            return False
+        raise
+    return True
 
 
 def chain_names(family: IPFamily, opener: Opener = connect) -> set[ChainId]:
@@ -139,7 +154,7 @@ def _undisturbed(look: Callable[[], _T]) -> _T:
 def _names(family: IPFamily, opener: Opener) -> Iterator[ChainId]:
     with netlink.NetlinkSocket(opener(), _SUBJECT) as sock:
         # A struct nfgenmsg with the family; version and resource id are 0.
-        for _, _, payload in sock.dump(_GETCHAIN, bytes((_AF[family], 0, 0, 0))):
+        for _, _, payload in sock.dump(_GETCHAIN, bytes((family.socket_family, 0, 0, 0))):
             table = chain = ""
             # What follows the name is of no interest, and there may be 60,000 of these.
             for kind, value in netlink.attributes(payload[_NFGENMSG_BYTES:]):
@@ -148,7 +163,7 @@ def _names(family: IPFamily, opener: Opener) -> Iterator[ChainId]:
                 elif kind == _CHAIN_NAME:
                     chain = bytes(value[:-1]).decode(errors="replace")
                     break
-            if payload[0] == _AF[family] and table in _TABLES:
+            if payload[0] == family.socket_family and table in _TABLES:
                 yield ChainId(table, chain)
 
 
@@ -201,7 +216,7 @@ def _within(parts: dict[int, memoryview], kind: int) -> dict[int, memoryview]:
 
 def _head(family: IPFamily, table: str) -> bytes:
     # Tables, chains and rules have the table's name in the same attribute.
-    return bytes((_AF[family], 0, 0, 0)) + netlink.attribute(_RULE_TABLE, _text(table))
+    return bytes((family.socket_family, 0, 0, 0)) + netlink.attribute(_RULE_TABLE, _text(table))
 
 
 def _text(name: str) -> bytes:

@@ -65,10 +65,6 @@ _LISTED_AT_ONCE: Final = 2000
 _MAX_CHAIN_NAME: Final = 28
 
 _PREFIX: Final = {IPFamily.V4: "iptables", IPFamily.V6: "ip6tables"}
-_LEGACY_TABLES: Final = {
-    IPFamily.V4: Path("/proc/net/ip_tables_names"),
-    IPFamily.V6: Path("/proc/net/ip6_tables_names"),
-}
 
 
 class Input(Protocol):
@@ -123,7 +119,7 @@ class Detection(NamedTuple):
 
 
 def detect_backend(
-    families: Iterable[IPFamily], legacy_tables: Mapping[IPFamily, Path] = _LEGACY_TABLES
+    families: Iterable[IPFamily], legacy_tables: Mapping[IPFamily, Path] = libiptc.TABLE_LISTS
 ) -> Detection:
     """Find out which backend this host uses, as iptables-wrappers does.
 
@@ -164,7 +160,7 @@ def has_legacy_tables(family: IPFamily) -> bool:
 
 def list_legacy_tables(family: IPFamily) -> list[str]:
     """Return the legacy tables that the kernel has; see ``has_legacy_tables``."""
-    return _legacy_tables(_LEGACY_TABLES[family])
+    return _legacy_tables(libiptc.TABLE_LISTS[family])
 
 
 def _legacy_tables(names: Path) -> list[str]:
@@ -239,6 +235,11 @@ class Iptables:
     def lock_waited_s(self) -> float:
         """Return how long restores have waited for the lock so far, all together."""
         return self._lock.waited_s if self._lock else 0.0
+
+    def abandon_lock_wait(self) -> None:
+        """Say that a restore which gave up waiting for the lock is not tried again."""
+        if self._lock is not None:
+            self._lock.abandon()
 
     def check(self) -> None:
         """Raise IptablesError unless nat, without which there are no Services, can be read."""

@@ -127,7 +127,7 @@ def collect(
         backend_reason=f"{reason}, as far as can be seen" if is_blind else reason,
         backend_failure=failure,
         leftovers=tuple(
-            Leftover(found.backend, found.family, found.count, is_reached=bool(found.jumps))
+            Leftover(found.backend, found.family, found.count, is_reached=found.is_met)
             for found in survey.leftovers
         ),
         kubelet_elsewhere=survey.moved,

@@ -31,7 +31,7 @@ class Leftover(msgspec.Struct, frozen=True):
     backend: str
     family: IPFamily
     chains: int
-    is_reached: bool = True  # packets pass them
+    is_reached: bool | None = True  # packets pass them; None: it cannot be seen
 
 
 class Process(msgspec.Struct, frozen=True):

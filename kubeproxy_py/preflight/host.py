@@ -152,10 +152,14 @@ def _iptables(facts: HostFacts) -> Iterator[Finding]:
 
 def _other_rules(facts: HostFacts) -> Iterator[Finding]:
     for leftover in facts.leftovers:
-        reached = "packets pass them" if leftover.is_reached else "nothing leads there"
+        reached = {
+            True: "packets pass them",
+            False: "nothing leads there",
+            None: "whether packets pass them cannot be seen",
+        }[leftover.is_reached]
         yield Finding(
             "other-backend",
-            "warning" if leftover.is_reached else "info",
+            "info" if leftover.is_reached is False else "warning",
             f"rules of kube-proxy's in {leftover.backend} {leftover.family.value} tables (chains: "
             f"{leftover.chains}), while {facts.backend} is used; {reached}",
             f"kubeproxy-py cleanup --backend {leftover.backend}",

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from kubeproxy_py import nfacct, rules
-from kubeproxy_py.iptables import chains
+from kubeproxy_py.iptables import backends, chains
 from kubeproxy_py.model import IPFamily
 from tests.support.builders import make_node, make_service, make_slice
 from tests.support.netns import iptables_programs
@@ -235,7 +235,21 @@ def test_the_daemon_removes_the_tables_of_nftables_mode_when_its_rules_are_there
 
         told = [event["event"] for event in proxy.events()]
         order = [name for name in told if name in ("sync.completed", "cleanup.nft_table_deleted")]
-        assert order[:3] == ["sync.completed", "sync.completed", "cleanup.nft_table_deleted"]
+        assert order[0] == "sync.completed"
+        tables = [event["table"] for event in proxy.events("cleanup.nft_table_deleted")]
+        assert sorted(tables) == [["ip", "kube-proxy"], ["ip6", "kube-proxy"]]
+
+
+def test_an_nft_table_is_found_by_family_and_name(clean_lab):
+    clean_lab.node.run(["nft", "add", "table", "ip", "kube-proxy"])
+    with clean_lab.node.entered():
+        found = [
+            backends.has_nft_table(family, name)
+            for family in IPFamily
+            for name in ("kube-proxy", "kube-prox", "kube-proxyy")
+        ]
+
+    assert found == [True, *[False] * 5]
 
 
 def test_nothing_is_removed_by_a_daemon_that_refuses_to_start(clean_lab, tmp_path):

@@ -115,3 +115,22 @@ def test_a_taken_node_port_and_a_shadowed_address_are_told(clean_lab, tmp_path):
     assert any(f"-d {V4.node}/32" in rule and "external IP" in rule for rule in served)
     assert "python listens on 0.0.0.0" in events["NodePortTaken"]
     assert V4.node in events["AddressShadowed"]
+
+
+def test_an_address_that_became_the_node_s_after_the_start_is_told(clean_lab, tmp_path):
+    with clean_lab.node.entered():
+        server = ApiServer()
+    with server:
+        server.apply(make_node(ips=[V4.node]))
+        server.apply(make_service("web", externalIPs=[V4.node_alternate]))
+        # Services come last: that is when the first look is.
+        server.fail(500, resource="services")
+        kubeconfig = server.kubeconfig(tmp_path / "kubeconfig")
+        with running(clean_lab, "nft", tmp_path / "log", f"--kubeconfig={kubeconfig}") as proxy:
+            proxy.wait(lambda: "programming Services" in proxy.ask().stdout)
+            server.apply(make_node(ips=[V4.node_alternate]))
+            proxy.wait(lambda: bool(proxy.events("node.ips_changed")))
+            server.heal()
+            proxy.wait(lambda: bool(proxy.events("service.doubtful")), 30)
+
+            assert V4.node_alternate in str(proxy.events("service.doubtful"))

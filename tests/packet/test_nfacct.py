@@ -6,7 +6,7 @@ import socket
 import pytest
 from prometheus_client import CollectorRegistry
 
-from kubeproxy_py import nfacct
+from kubeproxy_py import nfacct, rules
 from kubeproxy_py.model import IPFamily
 
 pytestmark = pytest.mark.packet
@@ -55,7 +55,7 @@ def test_a_counter_that_does_not_exist_reads_as_none(node):
 
 
 def test_packets_that_match_a_rule_are_counted_and_exported(node, iptables, plan, family):
-    name = nfacct.CT_STATE_INVALID_DROPPED
+    name = rules.INVALID_DROPPED_COUNTER
     rule = f"-A OUTPUT -p udp -m udp --dport 9 -m nfacct --nfacct-name {name} -j DROP"
     registry = CollectorRegistry()
     with node.entered():

@@ -4,6 +4,7 @@ import contextlib
 import datetime as dt
 import json
 import os
+import resource
 import signal
 import socket
 import sys
@@ -105,6 +106,43 @@ def test_a_node_that_registers_late_is_waited_for(start, api):
     assert not proxy.events("node.ip_unknown")
     jumps = [rule for rule in proxy.live()["nat"]["KUBE-SERVICES"] if "KUBE-NODEPORTS" in rule]
     assert [rule.split(" ")[1] for rule in jumps] == ["192.168.0.3/32"]
+
+
+def node_port_addresses(proxy):
+    """Return the addresses that have node ports."""
+    rules = proxy.live()["nat"]["KUBE-SERVICES"]
+    return {rule.split(" ")[1] for rule in rules if rule.endswith("-j KUBE-NODEPORTS")}
+
+
+@pytest.fixture
+def late_address(clean_lab):
+    """Give an address that the node does not have yet, what adds it, and take it away again."""
+
+    def change(verb):
+        clean_lab.node.run(["ip", "address", verb, "192.168.0.77/24", "dev", "eth0"], check=False)
+
+    yield "192.168.0.77/32", lambda: change("add")
+    change("del")
+
+
+def test_node_ports_follow_addresses_though_they_could_not_be_read(start, api, late_address):
+    address, add = late_address
+    api.apply(make_node())
+    proxy = start("--nodeport-addresses=192.168.0.0/24")
+    proxy.wait_synced()
+    before = node_port_addresses(proxy)
+    assert before
+    assert address not in before
+    # No file can be opened any more, which no other part of it wants to just now.
+    limits = resource.prlimit(proxy.process.pid, resource.RLIMIT_NOFILE)
+    resource.prlimit(proxy.process.pid, resource.RLIMIT_NOFILE, (3, limits[1]))
+    add()
+    proxy.wait(lambda: bool(proxy.events("addresses.watch_failed")))
+    assert node_port_addresses(proxy) == before
+    resource.prlimit(proxy.process.pid, resource.RLIMIT_NOFILE, limits)
+    proxy.wait(lambda: node_port_addresses(proxy) == {*before, address})
+
+    assert proxy.events("addresses.watch_recovered")
 
 
 def test_in_node_cidr_mode_pod_cidrs_are_waited_for(start, api):

@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from kubeproxy_py import nfacct
+from kubeproxy_py import nfacct, rules
 from kubeproxy_py.iptables import probe, runner
 from kubeproxy_py.iptables.chains import PROBE
 from kubeproxy_py.model import IPFamily
@@ -26,7 +26,7 @@ CLIENT_IP = {"sessionAffinity": "ClientIP"}
 @pytest.fixture
 def kernel(clean_lab, backend, family):
     with clean_lab.node.entered():
-        nfacct.ensure(nfacct.CT_STATE_INVALID_DROPPED)
+        nfacct.ensure(rules.INVALID_DROPPED_COUNTER)
         yield runner.Iptables(runner.find_programs(family, backend))
 
 

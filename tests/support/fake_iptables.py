@@ -96,6 +96,9 @@ class FakeIptables:
         """Forget the restores that are yet to fail."""
         self._restore_failures.clear()
 
+    def abandon_lock_wait(self) -> None:
+        self.lock_wait = None
+
     def save(self, *, known: Tables | None = None) -> Tables:
         self.saves += 1
         if self._save_failures:

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Final, Literal, NamedTuple
 
-from kubeproxy_py import explain, nfacct
+from kubeproxy_py import explain, nfacct, rules
 from kubeproxy_py.iptables.chains import Tables
 from kubeproxy_py.model import IPFamily
 from tests.support import segments, traffic
@@ -214,8 +214,8 @@ class Kernel:
             #: Whether rules may count; a rule that names a missing counter is refused.
             self.has_nfacct = all(
                 [
-                    nfacct.ensure(nfacct.LOCALHOST_NODEPORTS_ACCEPTED),
-                    nfacct.ensure(nfacct.CT_STATE_INVALID_DROPPED),
+                    nfacct.ensure(rules.LOCALHOST_NODE_PORTS_COUNTER),
+                    nfacct.ensure(rules.INVALID_DROPPED_COUNTER),
                 ]
             )
 

@@ -1,5 +1,6 @@
 """What stands in the backend that is not used: what counts, and what is said of it, once."""
 
+import msgspec
 import pytest
 from structlog.testing import capture_logs
 
@@ -53,7 +54,25 @@ def test_a_backend_that_cannot_be_looked_at_is_told_and_the_other_family_is_look
     found = backends.survey("nft", [V4, V6], listed)
 
     assert found.failures == ("IPv4, legacy: no",)
+    assert found.unknown == (V4,)
     assert found.moved == (V6,)
+
+
+def test_leftovers_that_no_program_can_read_are_told_all_the_same():
+    def unreadable(family, backend, tables):
+        assert tables == {"nat"}
+        raise IptablesError("no programs")
+
+    chains = {(V4, "nft"): {ChainId("nat", "KUBE-SERVICES")}}
+    found = backends.survey(
+        "legacy", [V4], lambda family, backend: chains.get((family, backend), set()), unreadable
+    )
+
+    assert found == backends.Survey(
+        leftovers=(backends.Leftover("nft", V4, 1, ("nat/KUBE-SERVICES",), None),),
+        failures=("IPv4, nft: no programs",),
+    )
+    assert "cannot be seen whether packets pass them" in str(found.leftovers[0])
 
 
 class World:
@@ -107,6 +126,28 @@ def test_only_rules_that_packets_meet_make_a_node_not_ready(world):
     assert (
         "which packets pass as well: kubeproxy-py cleanup --backend=legacy" in world.watch.reason()
     )
+
+
+def test_what_was_found_stays_while_it_cannot_be_looked_at(world):
+    world.look(leftovers=(MET,), moved=(V4,))
+    assert world.look(unknown=(V4,), failures=("no",)) == ["backend.unknown"]
+    assert (world.metric("chains"), world.metric("jumps")) == (2, 1)
+    assert "which packets pass as well" in world.watch.reason()
+    assert world.look(leftovers=(MET,), moved=(V4,)) == []
+
+    assert world.look() == ["backend.unmixed"]
+    assert world.watch.reason() is None
+
+
+def test_jumps_that_cannot_be_seen_are_those_of_before(world):
+    unseen = msgspec.structs.replace(MET, jumps=None)
+    assert world.look(leftovers=(unseen,)) == ["backend.mixed"]
+    assert (world.metric("chains"), world.metric("jumps")) == (2, 0)
+    assert world.watch.reason() is None
+    assert world.look(leftovers=(MET,)) == ["backend.mixed"]
+
+    assert world.look(leftovers=(unseen,)) == []
+    assert "which packets pass as well" in world.watch.reason()
 
 
 def test_a_kubelet_that_moved_and_a_look_that_failed_are_told_once(world):

@@ -2,10 +2,14 @@
 
 from hypothesis import given
 from hypothesis import strategies as st
+from structlog.testing import capture_logs
 
 from kubeproxy_py import cleanup, rules
+from kubeproxy_py.errors import IptablesError
 from kubeproxy_py.iptables import chains, plan
+from kubeproxy_py.model import IPFamily
 
+V4, V6 = IPFamily.V4, IPFamily.V6
 OURS = {
     "nat": {
         "KUBE-SERVICES": ("-j KUBE-NODEPORTS",),
@@ -130,6 +134,23 @@ def test_chains_are_emptied_before_any_of_them_is_deleted():
         for name in section.delete:
             first = min(number for number, line in enumerate(lines) if line.startswith("-X "))
             assert lines.index(f":{name} - [0:0]") < first
+
+
+def test_an_nft_table_that_cannot_be_looked_for_is_not_taken_for_none():
+    def refused(family, name):
+        raise IptablesError("cannot look for nft table kube-proxy: Operation not permitted")
+
+    with capture_logs() as logs:
+        assert not cleanup.remove_nft_mode_table(V6, refused)
+
+    (told,) = logs
+    assert (told["event"], told["table"]) == ("cleanup.nft_table_left", ["ip6", "kube-proxy"])
+    assert "Operation not permitted" in told["error"]
+
+
+def test_where_there_is_no_nft_table_nothing_is_run():
+    # The unit tests' guard against programs is the proof.
+    assert cleanup.remove_nft_mode_table(V4, lambda family, name: False)
 
 
 @given(

@@ -47,7 +47,7 @@ def plan(family):
 
 
 def wire(family, text):
-    return socket.inet_pton(ctnetlink.AF[family], text)
+    return socket.inet_pton(family.socket_family, text)
 
 
 def destination(family, *args, **kwargs):

@@ -71,7 +71,6 @@ class World:
             # Not started: what is asked of it is looked at by nobody.
             reconciler=conntrack.Reconciler(metrics),
             meters={},
-            addresses_of=lambda family: (addresses.V4.node,),
             ensure_counters=lambda: False,
         )
         self.found = []
@@ -81,6 +80,7 @@ class World:
             PROGRAMS,
             self.around,
             has_watcher=False,
+            addresses_of=lambda: (addresses.V4.node,),
             found=self.found.append,
             tell=self.news.put,
         )
@@ -183,13 +183,15 @@ def test_rules_from_the_state_file_make_their_family_unready(world):
 
 
 class Removal:
-    """Counts how often what nftables mode left was removed."""
+    """Notes of which families what nftables mode left was removed."""
 
     def __init__(self):
-        self.count = 0
+        self.families = []
+        self.works = True
 
-    def __call__(self):
-        self.count += 1
+    def __call__(self, family):
+        self.families.append(family)
+        return self.works
 
 
 @pytest.fixture
@@ -204,15 +206,38 @@ def families(world, removal):
     return Families(kernels, world.around, remove_nft_mode=removal)
 
 
-def test_nftables_mode_goes_once_rules_of_every_family_are_in_its_place(families, removal):
-    families._tell(V4, result())
-    families._tell(V4, result())
-    assert removal.count == 0
-    families._tell(V6, result())
-    assert removal.count == 1
-    families._tell(V6, result())
+FULL = result(is_full=True)
 
-    assert removal.count == 1
+
+def test_nftables_mode_of_a_family_goes_once_when_its_own_rules_are_in_its_place(families, removal):
+    families._tell(V4, FULL)
+    families._tell(V4, FULL)
+    assert removal.families == [V4]
+    families._tell(V6, FULL)
+    families._tell(V6, FULL)
+
+    assert removal.families == [V4, V6]
+
+
+def test_nftables_mode_that_cannot_be_removed_is_tried_again_at_the_next_full_sync(
+    families, removal
+):
+    removal.works = False
+    families._tell(V4, FULL)
+    families._tell(V4, result())
+    assert removal.families == [V4]
+    removal.works = True
+    families._tell(V4, FULL)
+    families._tell(V4, FULL)
+
+    assert removal.families == [V4, V4]
+
+
+def test_nftables_mode_of_a_family_without_programs_goes_with_the_first(world, removal):
+    families = Families({V4: FakeIptables()}, world.around, remove_nft_mode=removal)
+    families._tell(V4, FULL)
+
+    assert set(removal.families) == {V4, V6}
 
 
 def test_a_contest_is_told_and_replaces_nothing(families, world, removal):
@@ -220,7 +245,7 @@ def test_a_contest_is_told_and_replaces_nothing(families, world, removal):
         families._tell(family, CONTEST)
 
     assert [reason for _, _, reason, *_ in world.events.posted] == ["RulesContested"] * 2
-    assert removal.count == 0
+    assert removal.families == []
 
 
 def test_a_sync_is_told_for_what_it_repaired(families, world):

@@ -135,14 +135,20 @@ def test_ipv6_is_found_as_by_kube_proxy(tmp_path, if_inet6, disable_ipv6, wanted
 
 
 class ScriptedEvents:
-    """Announces events when told to; the first of them may be a loss."""
+    """Announces events when told to; each of them may be a failure. Can be opened again."""
 
-    def __init__(self, *, lost=False):
-        self.descriptor = os.eventfd(0)
-        self.lost = lost
-        self.is_closed = False
+    def __init__(self, *, failure=None):
+        self.failure = failure
+        self.is_unavailable = False
+        self.is_closed = True
+        self.openings = 0
 
     def __call__(self, groups):
+        if self.is_unavailable:
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        self.descriptor = os.eventfd(0)
+        self.is_closed = False
+        self.openings += 1
         return self
 
     def announce(self):
@@ -153,8 +159,8 @@ class ScriptedEvents:
 
     def events(self):
         os.eventfd_read(self.descriptor)
-        if self.lost:
-            raise netlink.NetlinkError(errno.ENOBUFS, "tests")
+        if self.failure is not None:
+            raise netlink.NetlinkError(self.failure, "tests")
         yield NEWADDR, 0, memoryview(b"")
 
     def close(self):
@@ -170,11 +176,15 @@ class Watched:
         self.addresses = [InterfaceAddress("eth0", "10.0.0.1", 24)]
         self.listings = queue.Queue()
         self.callbacks = queue.Queue()
+        self.failure = None
         self.watcher = hostnet.AddressWatcher(
-            lambda: self.callbacks.put("changed"), self.listed, events
+            lambda: self.callbacks.put("changed"), self.listed, events, retry_s=0.01
         )
 
     def listed(self, family):
+        if self.failure is not None:
+            self.listings.put("refused")
+            raise netlink.NetlinkError(self.failure, "tests")
         if family is IPFamily.V4:
             return self.addresses
         self.listings.put("listed")
@@ -206,45 +216,67 @@ def test_an_event_that_changes_no_address_does_not_call_back():
 
 
 def test_lost_events_are_a_reason_to_look():
-    with Watched(ScriptedEvents(lost=True)) as watched:
+    with Watched(ScriptedEvents(failure=errno.ENOBUFS)) as watched:
         watched.addresses = []
         watched.events.announce()
 
         assert watched.callbacks.get(timeout=5) == "changed"
 
 
-def test_addresses_that_can_no_longer_be_listed_end_the_watch_with_a_log_line():
+def test_addresses_that_cannot_be_listed_are_those_of_before_until_they_can():
+    with capture_logs() as logs, Watched(ScriptedEvents()) as watched:
+        watched.failure = errno.EMFILE
+        watched.addresses = [InterfaceAddress("eth0", "10.0.0.2", 24)]
+        watched.events.announce()
+        for _ in range(2):
+            assert watched.listings.get(timeout=5) == "refused"
+        before = watched.watcher.addresses_of(IPFamily.V4)
+        assert watched.callbacks.empty()
+        watched.failure = None
+
+        assert watched.callbacks.get(timeout=5) == "changed"
+        assert before == ("10.0.0.1",)
+        assert watched.watcher.addresses_of(IPFamily.V4) == ("10.0.0.2",)
+        assert watched.watcher.addresses_of(IPFamily.V6) == ()
+
+    assert [log["event"] for log in logs] == ["addresses.watch_failed", "addresses.watch_recovered"]
+
+
+def test_events_that_fail_are_asked_for_again():
+    with Watched(ScriptedEvents()) as watched:
+        watched.events.failure = errno.EIO
+        watched.addresses = []
+        watched.events.announce()
+        assert watched.callbacks.get(timeout=5) == "changed"
+        watched.events.failure = None
+        while watched.events.openings < 2:
+            watched.listings.get(timeout=5)
+        watched.addresses = [InterfaceAddress("eth0", "10.0.0.2", 24)]
+        watched.events.announce()
+
+        assert watched.callbacks.get(timeout=5) == "changed"
+
+
+def test_without_events_addresses_are_looked_at_again_and_again():
     events = ScriptedEvents()
-    listings = queue.Queue()
+    events.is_unavailable = True
+    with Watched(events) as watched:
+        watched.addresses = []
 
-    def listed(family):
-        if listings.qsize() == 2:
-            listings.put("refused")
-            raise netlink.NetlinkError(errno.EPERM, "tests")
-        listings.put("listed")
-        return []
-
-    watcher = hostnet.AddressWatcher(lambda: None, listed, events)
-    with capture_logs() as logs:
-        watcher.start()
-        events.announce()
-        watcher._thread.join(5)
-    watcher.stop()
-
-    assert [log["event"] for log in logs] == ["addresses.watch_failed"]
-
-
-def test_a_watcher_that_cannot_list_addresses_does_not_start():
-    events = ScriptedEvents()
-
-    def refused(family):
-        raise netlink.NetlinkError(errno.EPERM, "tests")
-
-    watcher = hostnet.AddressWatcher(lambda: None, refused, events)
-    with pytest.raises(netlink.NetlinkError):
-        watcher.start()
-
+        assert watched.callbacks.get(timeout=5) == "changed"
     assert events.is_closed
+
+
+def test_addresses_that_cannot_be_listed_at_the_start_are_told_when_they_can():
+    watched = Watched(ScriptedEvents())
+    watched.failure = errno.EMFILE
+    with watched:
+        assert watched.watcher.addresses_of(IPFamily.V4) == ()
+        assert watched.callbacks.empty()
+        watched.failure = None
+
+        assert watched.callbacks.get(timeout=5) == "changed"
+        assert watched.watcher.addresses_of(IPFamily.V4) == ("10.0.0.1",)
 
 
 def test_stopping_closes_the_socket():

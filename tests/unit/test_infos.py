@@ -124,6 +124,48 @@ def test_who_used_the_lock_soon_after_a_look_is_looked_at_ten_seconds_after_it(t
     assert watcher._look() == {}
 
 
+@pytest.fixture
+def quiet(infos, told):
+    """Give a watcher of two families without a thread, whose next close look may be at once."""
+    watcher = LegacyWatcher(
+        (V4, V6), told, read=lambda family: dict(infos[family]), clock=lambda: 0.0
+    )
+    watcher._lock_users = Users()
+    watcher._look()
+    return watcher
+
+
+OTHER = Culprit("ip6tables", 7)
+
+
+def test_who_used_the_lock_while_we_wrote_one_family_may_have_changed_the_other(quiet, told):
+    with quiet.own(V4, 17):
+        quiet._lock_users.told = [(OTHER, True)]
+
+    assert told.suspicions == [Suspicion(V4, OTHER, None)]
+    assert quiet._look() == {V6: (OTHER,)}
+    assert quiet._look() == {}
+
+
+def test_who_changed_a_size_of_one_family_may_have_changed_the_other_s_rules(quiet, infos):
+    quiet._looked_at = -5.0
+    infos[V4]["nat"] = b"2"
+    quiet._lock_users.told = [(OTHER, True)]
+    assert quiet._look() == {V4: (OTHER,)}
+    assert quiet._look() == {}
+    quiet._looked_at = -10.0
+
+    assert quiet._look() == {V6: (OTHER,)}
+
+
+def test_who_writes_one_family_all_the_time_hides_nothing_in_the_other(quiet, infos):
+    quiet._looked_at = -10.0
+    infos[V4]["nat"] = b"2"
+    quiet._lock_users.told = [(OTHER, True)]
+
+    assert quiet._look() == {V4: (OTHER,), V6: (OTHER,)}
+
+
 class Users:
     """Tells once who has used the lock."""
 

@@ -279,16 +279,49 @@ def test_a_draft_that_is_a_link_is_not_followed(path, tmp_path):
     assert not (tmp_path / "victim").exists()
 
 
-def test_a_directory_that_cannot_be_made_switches_it_off(metrics, tmp_path):
+def test_a_directory_that_cannot_be_made_is_told_once_and_tried_again(metrics, tmp_path):
     (tmp_path / "file").write_text("")
-    with capture_logs() as logs, Kept(metrics, tmp_path / "file" / "state") as kept:
-        kept.listed(*ITEMS)
-        until(lambda: kept.value("failures_total", operation="prepare") == 1)
-        assert kept.thread.is_alive()
+    kept = Kept(metrics, tmp_path / "file" / "state")
+    kept.listed(*ITEMS)
+    with capture_logs() as logs, kept:
+        until(lambda: kept.value("failures_total", operation="save") > 1)
+        assert kept.value("failures_total", operation="prepare") == 1
         assert kept.keeper.state.is_failing
+        (tmp_path / "file").unlink()
+        until(lambda: kept.names() == {"web"})
+        until(lambda: not kept.keeper.state.is_failing)
 
     assert [(entry["event"], entry["log_level"]) for entry in logs] == [
-        ("snapshot.unavailable", "warning")
+        ("snapshot.unavailable", "warning"),
+        ("snapshot.save_recovered", "info"),
+    ]
+
+
+def test_a_disk_that_cannot_be_written_is_read(metrics, prepared, monkeypatch):
+    is_read_only = threading.Event()
+    is_read_only.set()
+    real = keeper.StateFile._open_draft
+
+    def open_draft(self):
+        if is_read_only.is_set():
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+        return real(self)
+
+    monkeypatch.setattr(keeper.StateFile, "_open_draft", open_draft)
+    with capture_logs() as logs, Kept(metrics, prepared) as kept:
+        until(lambda: kept.store.restored_at == 900.0)
+        until(lambda: any(entry["event"] == "snapshot.offered" for entry in logs))
+        assert (kept.keeper.state.saved_at, kept.keeper.state.is_failing) == (900.0, True)
+        kept.listed(*ITEMS)
+        until(lambda: kept.value("failures_total", operation="save") > 1)
+        assert kept.names() == {"old"}
+        is_read_only.clear()
+        until(lambda: kept.names() == {"web"})
+
+    assert [entry["event"] for entry in logs] == [
+        "snapshot.unavailable",
+        "snapshot.offered",
+        "snapshot.save_recovered",
     ]
 
 

@@ -180,6 +180,22 @@ def test_who_waits_again_after_giving_up_waits_on(world):
     assert world.metric("wait_seconds_total") == pytest.approx(6.0)
 
 
+def test_a_wait_that_gave_up_is_over_when_there_is_nothing_to_write_any_more(world):
+    world.look(OTHER, at=4.9)
+    world.now = 105.0
+    world.watch.finish(has_lock=False)
+    with capture_logs() as logs:
+        world.watch.abandon()
+        world.watch.abandon()
+    assert (world.watch.wait, world.metric("waiting")) == (None, 0)
+    assert [(line["event"], line["waited_s"]) for line in logs] == [("lock.abandoned", 5.0)]
+    world.now = 3700.0
+    world.watch.start()
+
+    assert world.look(OTHER, at=3600.1) == []
+    assert world.metric("wait_seconds_total") == pytest.approx(5.1)
+
+
 def test_where_nobody_is_seen_to_have_it_only_a_long_wait_is_one(world):
     world.look(at=0.5)
     assert (world.watch.wait, world.metric("wait_seconds_total")) == (None, 0)

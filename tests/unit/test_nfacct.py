@@ -6,7 +6,7 @@ import struct
 import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 
-from kubeproxy_py import netlink, nfacct
+from kubeproxy_py import netlink, nfacct, rules
 
 NEW, GET = 0x700, 0x701
 
@@ -111,8 +111,8 @@ def test_a_refusal_to_read_is_raised():
 def test_metrics_are_named_and_described_as_kube_proxys():
     registry = CollectorRegistry()
     counters = {
-        nfacct.CT_STATE_INVALID_DROPPED: (3, 300),
-        nfacct.LOCALHOST_NODEPORTS_ACCEPTED: (4, 400),
+        rules.INVALID_DROPPED_COUNTER: (3, 300),
+        rules.LOCALHOST_NODE_PORTS_COUNTER: (4, 400),
     }
 
     registry.register(nfacct.NfacctCollector(FakeCounters(counters)))

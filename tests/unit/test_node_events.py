@@ -61,7 +61,10 @@ def test_a_contest_names_the_other_side(chains, told):
     assert told in event.note
 
 
-@pytest.mark.parametrize(("is_met", "told"), [(True, "packets pass them"), (False, "(harmless)")])
+@pytest.mark.parametrize(
+    ("is_met", "told"),
+    [(True, "(packets pass them"), (False, "(harmless)"), (None, "cannot be seen")],
+)
 def test_rules_in_the_other_backend_are_told_with_what_to_do(is_met, told):
     event = node_events.mixed(V4, "legacy", is_met=is_met)
 

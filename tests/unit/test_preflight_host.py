@@ -139,6 +139,10 @@ CASES = {
     "unreached rules in the other backend": (
         {"leftovers": (Leftover("legacy", V4, 12, is_reached=False),)}, [("other-backend", "info")],
     ),
+    "rules in the other backend that may be reached": (
+        {"leftovers": (Leftover("legacy", V4, 12, is_reached=None),)},
+        [("other-backend", "warning")],
+    ),
     "kubelet elsewhere": ({"kubelet_elsewhere": (V4,)}, [("kubelet-backend", "warning")]),
     "nftables mode": (
         {"nft_tables": frozenset({"ip kube-proxy", "ip6 kube-proxy"})},

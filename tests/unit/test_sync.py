@@ -697,6 +697,39 @@ def test_waiting_for_the_lock_is_no_reason_to_pause(world, health):
     assert took == [0.5]
 
 
+@pytest.mark.parametrize(
+    ("is_undone", "wanted"),
+    [pytest.param(True, None, id="undone"), pytest.param(False, "waiting", id="still wanted")],
+)
+def test_a_wait_for_the_lock_is_over_when_the_change_was_undone(world, health, is_undone, wanted):
+    now = [0.0]
+
+    class Pacing(Pacer):
+        def finished(self, now, *, took_s, outcome):
+            loop.stop()
+
+    loop = SyncLoop(
+        V4,
+        world.syncer,
+        Pacing(retry_s=1, audit_s=60),
+        health=health,
+        metrics=world.metrics,
+        clock=lambda: now[0],
+    )
+    world.put(make_slice(endpoints=["10.180.1.12"]))
+    world.kernel.lock_wait = "waiting"
+    world.fail(LockTimeout("cannot get the xtables lock"))
+    if is_undone:
+        world.put(make_slice())
+    else:
+        world.kernel.fail_restore(LockTimeout("cannot get the xtables lock"))
+    loop.nudge()
+    now[0] = 1.0
+    loop.run()
+
+    assert world.kernel.lock_wait == wanted
+
+
 # What is told of it --------------------------------------------------------------------------------
 
 
