@@ -27,6 +27,7 @@ from kubeproxy_py import (
     options,
     status,
     sync,
+    sync_log,
     sync_loop,
     sysctls,
     traffic_meter,
@@ -164,7 +165,7 @@ class Families:
                 self._counts_packets = True
                 self._around.metrics.registry.register(nfacct.NfacctCollector())
 
-    def _tell(self, family: IPFamily, news: sync.SyncResult | drift.Contest) -> None:
+    def _tell(self, family: IPFamily, news: sync_log.SyncResult | drift.Contest) -> None:
         if isinstance(news, drift.Contest):
             self._around.reporter.contested(family, news)
             return
@@ -201,7 +202,7 @@ class Family:
         has_watcher: bool,
         addresses_of: Callable[[], Sequence[str]],
         found: Callable[[probe.Findings], None],
-        tell: Callable[[sync.SyncResult | drift.Contest], None],
+        tell: Callable[[sync_log.SyncResult | drift.Contest], None],
     ) -> None:
         """
         Prepare; nothing is read or written yet.

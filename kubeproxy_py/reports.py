@@ -8,7 +8,7 @@ from typing import Final, get_args
 
 import structlog
 
-from kubeproxy_py import drift, external, lookout, node_events, recorder, sync
+from kubeproxy_py import drift, external, lookout, node_events, recorder, sync_log
 from kubeproxy_py.metrics import Metrics
 from kubeproxy_py.model import IPFamily, Kind, Problem, ServiceName
 
@@ -106,7 +106,7 @@ class Reporter:
             f"{error}",
         )
 
-    def synced(self, family: IPFamily, result: sync.SyncResult) -> None:
+    def synced(self, family: IPFamily, result: sync_log.SyncResult) -> None:
         """Tell what a sync repaired, or made of rules that it found; the log has it already."""
         for repair in result.repairs:
             self.post(node_events.repaired(repair))

@@ -36,7 +36,7 @@ from kubeproxy_py.status_document import (
     SyncStatus,
     WatchStatus,
 )
-from kubeproxy_py.sync import Programmed
+from kubeproxy_py.sync_log import Programmed
 from kubeproxy_py.sync_loop import Done, History
 from kubeproxy_py.watch import WatchState
 

@@ -14,7 +14,6 @@ from contextlib import AbstractContextManager
 from typing import Final, Protocol
 
 import msgspec
-import structlog
 
 from kubeproxy_py import (
     audit,
@@ -26,6 +25,7 @@ from kubeproxy_py import (
     renames,
     repairs,
     rules,
+    sync_log,
     urgency,
 )
 from kubeproxy_py.dispatch import NAT_SERVICES, ChainId
@@ -37,8 +37,7 @@ from kubeproxy_py.model import IPFamily, ServiceName, ServiceState
 from kubeproxy_py.quarantine import Quarantine
 from kubeproxy_py.ruleset import HealthCheck, Ruleset
 from kubeproxy_py.store import Changes, Store
-
-log = structlog.get_logger()
+from kubeproxy_py.sync_log import Programmed, Quarantined, SyncResult
 
 # iptables-nft-restore takes time in proportion to the square of its input: 100 Services with five
 # endpoints each (2,200 rules) a batch are near the optimum (benchmarks/).
@@ -46,17 +45,12 @@ NFT_BATCH_RULES: Final = 2500
 # When so many Services have changed that one restore does not do, what is urgent is written first.
 # Fewer take about as long as the additional restore would.
 _STAGED_ABOVE: Final = 100
-_TABLES: Final = (rules.FILTER, rules.NAT)
 # How many times one sync may set Services aside: each names at least one, and costs two looks at the
 # kernel. What is left is for the next sync.
 _MAX_REFUSALS: Final = 20
 # Times at which changes were triggered, kept while syncs fail: 3 MB. The latency of what comes after
 # them is not observed.
 _MAX_TRIGGERS: Final = 100_000
-# Of those that an audit finds to differ, in its log line.
-_NAMED_SERVICES: Final = 10
-# Of those that iptables cannot show, in theirs.
-_NAMED_CHAINS: Final = 10
 
 
 class Kernel(Protocol):
@@ -100,57 +94,6 @@ class Effects(msgspec.Struct, frozen=True, kw_only=True):
     writing: Callable[[plan.Batch], AbstractContextManager[None]] = unwatched
 
 
-class SyncResult(msgspec.Struct, frozen=True, kw_only=True):
-    """What one sync did."""
-
-    is_full: bool
-    batches: int
-    rules_written: dict[str, int]
-    chains_written: int
-    chains_deleted: int
-    seconds: float
-    #: What others had changed and this sync put right.
-    repairs: tuple[drift.Repair, ...] = ()
-    #: Chains of ours that were there at the first look.
-    chains_found: int = 0
-
-    def followed_by(self, other: "SyncResult") -> "SyncResult":
-        """Return what both did together; *other* ended last."""
-        return SyncResult(
-            is_full=self.is_full or other.is_full,
-            batches=self.batches + other.batches,
-            rules_written={
-                table: count + other.rules_written[table]
-                for table, count in self.rules_written.items()
-            },
-            chains_written=self.chains_written + other.chains_written,
-            chains_deleted=self.chains_deleted + other.chains_deleted,
-            seconds=other.seconds,
-            repairs=(*self.repairs, *other.repairs),
-            chains_found=other.chains_found,
-        )
-
-
-class Quarantined(msgspec.Struct, frozen=True, kw_only=True):
-    """A Service that is set aside; times are Unix times."""
-
-    service: ServiceName
-    reason: str
-    since: float
-    retry_at: float
-    attempts: int
-
-
-class Programmed(msgspec.Struct, frozen=True, kw_only=True):
-    """What the last sync that succeeded left in force."""
-
-    services: int
-    endpoints: int
-    rules: dict[str, int]  # by table
-    trees: tuple[ChainId, ...]  # shared chains that are trees of chains
-    quarantined: tuple[Quarantined, ...]
-
-
 class Syncer:
     """Programs one family."""
 
@@ -175,7 +118,7 @@ class Syncer:
         self._kernel = kernel
         self._max_batch_rules = max_batch_rules
         self._effects = effects
-        self._metrics = metrics
+        self._log = sync_log.SyncLog(family, metrics)
         # Reads one chain (None: there is none), where that costs less than reading all of them.
         self._read_chain = read_chain
         # Lists the names of all chains, likewise.
@@ -183,9 +126,6 @@ class Syncer:
         self._clock = clock
         self._wall_clock = wall_clock
         self._auditor = audit.Auditor(family, store, clock)
-        # From 0 on, or Prometheus takes the first mismatch for no increase.
-        metrics.audited_services.labels(family.value)
-        metrics.audit_mismatches.labels(family.value)
         # The audit has found rules that are not what they should be.
         self._is_doubtful = False
         # What the kernel has; None: unknown.
@@ -215,9 +155,6 @@ class Syncer:
         # What the next sync reads of the kernel, where the rest is known; and who touched it.
         self._suspected: frozenset[ChainId] = frozenset()
         self._culprits: tuple[drift.Culprit, ...] = ()
-        # Chains of others with rules that only `nft` can show, as it was last told.
-        self._unreadable: frozenset[ChainId] = frozenset()
-        metrics.unreadable_chains.labels(family.value).set(0)
         # Outlive failed syncs: what they ask for is still to be done.
         self._trigger_times: list[float] = []
         self._has_stale_udp = False
@@ -246,19 +183,9 @@ class Syncer:
             return True
         before = self._auditor.compared
         differing = self._auditor.look(self._ruleset, ignored=self._quarantine.cases)
-        family = self._family.value
-        self._metrics.audited_services.labels(family).inc(self._auditor.compared - before)
-        if not differing:
-            return True
-        self._metrics.audit_mismatches.labels(family).inc(len(differing))
-        log.error(
-            "audit.mismatch_found",
-            ip_family=family,
-            message="a bug: please report it; all rules are built anew",
-            services=[str(name) for name in differing[:_NAMED_SERVICES]],
-        )
-        self._is_doubtful = True
-        return False
+        self._log.audited(self._auditor.compared - before, differing)
+        self._is_doubtful = self._is_doubtful or bool(differing)
+        return not differing
 
     @property
     def audited(self) -> tuple[int, int]:
@@ -311,9 +238,9 @@ class Syncer:
                 self._must_compare_all = True
             else:
                 self._live = None
-            self._observe(is_full=is_full, seconds=self._clock() - started)
+            self._log.ended(is_full=is_full, seconds=self._clock() - started)
             raise
-        self._observe(is_full=is_full, seconds=result.seconds)
+        self._log.ended(is_full=is_full, seconds=result.seconds)
         self._finish(result)
         return result
 
@@ -523,15 +450,8 @@ class Syncer:
             before = self._before.get(name)
             self._quarantine.admit(name, refused, error.reason, self._clock())
             self._ruleset.apply({name: before if before != refused else None})
-            log.error(
-                "service.quarantined",
-                ip_family=self._family.value,
-                namespace=name.namespace,
-                name=name.name,
-                reason=error.reason,
-                excerpt=error.excerpt or None,
-                keeps_old_rules=self._ruleset.state(name) is not None,
-            )
+            keeps_rules = self._ruleset.state(name) is not None
+            self._log.set_aside(name, error, keeps_rules=keeps_rules)
             self._effects.report_quarantined(name, error.reason)
         return bool(accused)
 
@@ -569,7 +489,7 @@ class Syncer:
         desired = self._ruleset.tables
         if self._is_auditing:
             self._is_auditing = False
-            self._tell_drift(repaired)
+            self._log.repaired(repaired)
             if repaired:
                 # What had to be repaired may have been spelt otherwise, no more.
                 found = self._kernel.save(known=desired) if is_full else self._read(suspected)
@@ -592,7 +512,8 @@ class Syncer:
             is_full=is_full,
             batches=len(batches),
             rules_written={
-                table: sum(batch.rule_count(table) for batch in batches) for table in _TABLES
+                table: sum(batch.rule_count(table) for batch in batches)
+                for table in sync_log.TABLES
             },
             chains_written=sum(len(section.write) for section in sections),
             chains_deleted=sum(len(section.delete) for section in sections),
@@ -640,101 +561,45 @@ class Syncer:
         return found
 
     def _restore(self, batch: plan.Batch, live: chains.Tables, *, is_full: bool) -> None:
-        family = self._family.value
         try:
             self._commit(batch)
         except IptablesError as error:
             if isinstance(error, LockTimeout) and len(batch.sections) > 1:
                 # Legacy takes the lock for each table anew: the first may have been written.
                 self._live = None
-            self._metrics.restore_failures.labels(family).inc()
-            if not is_full:
-                self._metrics.partial_restore_failures.labels(family).inc()
+            self._log.restore_failed(is_full=is_full)
             raise
         batch.apply_to(live)
-        self._metrics.iptables_restores.labels(family).inc()
-        self._metrics.iptables_restore_lines.labels(family).inc(batch.line_count)
-
-    def _tell_unreadable(self) -> None:
-        # Of our own chains such rules are gone by now: they are written anew.
-        unreadable = frozenset(
-            chain for chain in self._kernel.unreadable if not chains.is_ours(*chain)
-        )
-        if unreadable == self._unreadable:
-            return
-        family, self._unreadable = self._family.value, unreadable
-        self._metrics.unreadable_chains.labels(family).set(len(unreadable))
-        if unreadable:
-            named = [f"{table}/{name}" for table, name in sorted(unreadable)[:_NAMED_CHAINS]]
-            log.warning(
-                "iptables.chains_unreadable",
-                ip_family=family,
-                count=len(unreadable),
-                chains=named,
-                message="rules that only nft can show are in iptables' tables; ours are kept up",
-            )
-        else:
-            log.info("iptables.chains_readable", ip_family=family)
+        self._log.restored(batch)
 
     def _note_repairs(self, batches: Sequence[plan.Batch], live: chains.Tables) -> None:
         if self._is_auditing:
             self._repairs.note(batches, live=live, desired=self._ruleset.tables)
 
-    def _tell_drift(self, repaired: tuple[drift.Repair, ...]) -> None:
-        for repair in repaired:
-            labels = (repair.table, repair.family.value)
-            self._metrics.iptables_chains_repaired.labels(*labels).inc(repair.count)
-            self._metrics.iptables_drift.labels(*labels, repair.kind).inc(repair.count)
-            log.warning(
-                "drift.repaired",
-                ip_family=repair.family.value,
-                table=repair.table,
-                kind=repair.kind,
-                count=repair.count,
-                chains=list(repair.chains),
-                **drift.told(repair.culprits),
-            )
-
     def _finish(self, result: SyncResult) -> None:
-        family, ruleset, metrics = self._family.value, self._ruleset, self._metrics
-        now = self._wall_clock()
-        for triggered in self._trigger_times:
-            metrics.network_programming_duration.labels(family).observe(max(0.0, now - triggered))
-        self._trigger_times = []
+        ruleset, now = self._ruleset, self._wall_clock()
         self._before.clear()
         # Replaced as a whole: other threads read it.
         self.quarantined = tuple(sorted(self._quarantine.cases))
         self.programmed = self._describe(now)
-        metrics.quarantined_services.labels(family).set(len(self.quarantined))
-        metrics.sync_last_timestamp.labels(family).set(now)
-        for table in _TABLES:
-            metrics.iptables_rules_total.labels(table, family).set(ruleset.rule_count(table))
-            metrics.iptables_rules_last.labels(table, family).set(result.rules_written[table])
-        internal, external = ruleset.lacking_local()
-        metrics.no_local_endpoints.labels("internal", family).set(internal)
-        metrics.no_local_endpoints.labels("external", family).set(external)
         self.is_restored = self._wants_restored
-        metrics.snapshot_in_use.labels(family).set(self.is_restored)
+        self._log.unreadable(self._kernel.unreadable)
         # Of the endpoints here, a reboot has left none; no load balancer is to be told otherwise on
         # the word of a file.
         self._effects.publish_health_checks({} if self.is_restored else ruleset.health_checks())
-        self._tell_unreadable()
         if result.is_full:
             self._effects.release_memory()
         self._clean_conntrack(ruleset)
         self._has_stale_udp = False
-        say = log.info if result.batches else log.debug
-        say(
-            "sync.completed",
-            ip_family=family,
-            full=result.is_full,
-            services=ruleset.service_count,
-            endpoints=ruleset.endpoint_count,
-            restores=result.batches,
-            chains_written=result.chains_written,
-            chains_deleted=result.chains_deleted,
-            duration_s=round(result.seconds, 4),
+        self._log.succeeded(
+            result,
+            ruleset,
+            now=now,
+            triggered=self._trigger_times,
+            set_aside=len(self.quarantined),
+            is_restored=self.is_restored,
         )
+        self._trigger_times = []
 
     def _describe(self, now: float) -> Programmed:
         ruleset, quarantine = self._ruleset, self._quarantine
@@ -743,7 +608,7 @@ class Syncer:
         return Programmed(
             services=ruleset.service_count,
             endpoints=ruleset.endpoint_count,
-            rules={table: ruleset.rule_count(table) for table in _TABLES},
+            rules={table: ruleset.rule_count(table) for table in sync_log.TABLES},
             trees=ruleset.trees(),
             quarantined=tuple(
                 Quarantined(
@@ -762,9 +627,3 @@ class Syncer:
         if self._has_stale_udp:
             services = ruleset.udp_services()
             self._effects.clean_conntrack(lambda: conntrack.frontends(services))
-
-    def _observe(self, *, is_full: bool, seconds: float) -> None:
-        family = self._family.value
-        self._metrics.sync_duration.labels(family).observe(seconds)
-        kind = self._metrics.sync_full_duration if is_full else self._metrics.sync_partial_duration
-        kind.labels(family).observe(seconds)

@@ -17,7 +17,8 @@ from kubeproxy_py.errors import IptablesError, LockTimeout
 from kubeproxy_py.metrics import Metrics
 from kubeproxy_py.model import IPFamily
 from kubeproxy_py.pacer import Outcome, Pacer
-from kubeproxy_py.sync import Syncer, SyncResult
+from kubeproxy_py.sync import Syncer
+from kubeproxy_py.sync_log import SyncResult
 
 log = structlog.get_logger()
 

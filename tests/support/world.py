@@ -16,7 +16,8 @@ from kubeproxy_py.model import IPFamily, ServiceName, Tables
 from kubeproxy_py.rules import Layout
 from kubeproxy_py.ruleset import HealthCheck, Ruleset
 from kubeproxy_py.store import Store
-from kubeproxy_py.sync import Effects, Syncer, SyncResult
+from kubeproxy_py.sync import Effects, Syncer
+from kubeproxy_py.sync_log import SyncResult
 from tests.support import states
 from tests.support.fake_iptables import FakeIptables
 

@@ -8,7 +8,7 @@ from kubeproxy_py.external import Refusal
 from kubeproxy_py.lookout import Notice
 from kubeproxy_py.model import IPFamily, Problem, ServiceName
 from kubeproxy_py.reports import Reporter
-from kubeproxy_py.sync import SyncResult
+from kubeproxy_py.sync_log import SyncResult
 
 V4 = IPFamily.V4
 WEB = ServiceName("shop", "web")

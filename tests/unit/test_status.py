@@ -24,7 +24,7 @@ from kubeproxy_py.status_document import (
     Status,
     WatchStatus,
 )
-from kubeproxy_py.sync import Programmed, Quarantined, SyncResult
+from kubeproxy_py.sync_log import Programmed, Quarantined, SyncResult
 from kubeproxy_py.sync_loop import Done, History
 from kubeproxy_py.watch import WatchState
 
