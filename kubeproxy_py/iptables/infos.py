@@ -114,6 +114,8 @@ class LegacyWatcher:
         self._lock_users: LockUsers | None = None
         self._known: dict[IPFamily, Infos] = {family: {} for family in families}
         self._own: dict[int, IPFamily] = {}  # by process
+        # Who else has used the lock while one of those runs.
+        self._meanwhile: dict[IPFamily, tuple[Culprit, ...]] = {}
         self._looked_at = float("-inf")
         # Who has used the lock since, by the families of which that has not told anything yet: what
         # keeps all sizes may have been done to them.
@@ -156,6 +158,7 @@ class LegacyWatcher:
         with self._lock:
             found = self._look()
             self._own[pid] = family
+            self._meanwhile[family] = ()
         self._tell(found)
         try:
             yield
@@ -164,6 +167,9 @@ class LegacyWatcher:
                 others, has_closed = self._others()
                 self._has_changed(family)
                 del self._own[pid]
+                # Our thread, too, may have been woken and told of somebody who came after our program
+                # and before this.
+                others = tuple(dict.fromkeys((*self._meanwhile.pop(family, ()), *others)))
                 if has_closed:
                     self._note_unseen(others, told=[family])
             # What others did at the same time is in the sizes that are taken for ours now.
@@ -186,6 +192,9 @@ class LegacyWatcher:
         """Return the families to be looked at, and who held the lock."""
         others, has_closed = self._others()
         busy = set(self._own.values())
+        for family in busy:
+            seen = self._meanwhile.get(family, ())
+            self._meanwhile[family] = tuple(dict.fromkeys((*seen, *others)))
         found = {
             family: others
             for family in self._known

@@ -154,6 +154,8 @@ def test_an_hour_ahead_and_two_hours_back_change_nothing_but_the_times_shown(
             ticker.wait_for_ticks(100, timeout_s=DEADLINE_S)
         assert cpu_s(proxy) - used_s < 0.2 * (time.monotonic() - began)
         assert not ticker.failures
+        # Watches are told of the progress that another Node's coming is, by bookmarks.
+        api.apply(make_node(f"other-{shift_s}"))
         proxy.wait(lambda shift_s=shift_s: shows_time(proxy, shift_s))
         assert done(api, proxy) == before
 

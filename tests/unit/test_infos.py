@@ -147,6 +147,18 @@ def test_who_used_the_lock_while_we_wrote_one_family_may_have_changed_the_other(
     assert quiet._look() == {}
 
 
+def test_who_came_between_our_program_s_end_and_ours_is_told_though_another_thread_saw_it(
+    quiet, infos, told
+):
+    quiet._looked_at = -5.0
+    with quiet.own(V4, 17):
+        infos[V4]["nat"] = b"2"  # ours, and theirs as well
+        quiet._lock_users.told = [(OTHER, True)]
+        assert quiet._look() == {}
+
+    assert told.suspicions == [Suspicion(V4, OTHER, None)]
+
+
 def test_who_changed_a_size_of_one_family_may_have_changed_the_other_s_rules(quiet, infos):
     quiet._looked_at = -5.0
     infos[V4]["nat"] = b"2"
