@@ -77,6 +77,7 @@ class Watch:
     def run_from_state(self, *, is_marked: bool) -> None:
         """Send all objects as ADDED, then (*is_marked*) the bookmark that ends them, then follow."""
         self._version, objects = self._store.snapshot(self.resource)
+        self._told = self._version
         self._connection.start_stream()
         self._send_events(("ADDED", stored) for stored in objects if stored.matches(self._selector))
         if is_marked and self._has_bookmarks:
@@ -85,7 +86,7 @@ class Watch:
 
     def run_from_version(self, version: int | None) -> None:
         """Send what happened after *version* (None: now), or the error that this is not known."""
-        self._version = self._store.version if version is None else version
+        self._version = self._told = self._store.version if version is None else version
         self._connection.start_stream()
         try:
             self._send_changes(is_first=True)
@@ -98,7 +99,6 @@ class Watch:
         self._follow()
 
     def _follow(self) -> None:
-        self._told = self._version
         bookmark_at = time.monotonic() + self._bookmark_interval_s
         with selectors.DefaultSelector() as selector:
             selector.register(self._wake_fd, selectors.EVENT_READ)
