@@ -231,8 +231,10 @@ def test_the_daemon_removes_the_tables_of_nftables_mode_when_its_rules_are_there
     items = [make_node(), make_service(), make_slice()]
     objects.write_text(json.dumps({"apiVersion": "v1", "kind": "List", "items": items}))
     with running(clean_lab, "legacy", tmp_path / "log", f"--manifests={objects}") as proxy:
-        proxy.wait(lambda: {name for _, name in nft_tables(clean_lab)} == {"mine"})
+        # Each is told after it is gone.
+        proxy.wait(lambda: len(proxy.events("cleanup.nft_table_deleted")) == 2)
 
+        assert nft_tables(clean_lab) == {("ip", "mine")}
         told = [event["event"] for event in proxy.events()]
         order = [name for name in told if name in ("sync.completed", "cleanup.nft_table_deleted")]
         assert order[0] == "sync.completed"
