@@ -58,9 +58,10 @@ _LOOKS: Final = 5
 _START_LIMIT_S: Final = 300.0
 _HEALTH_POLL_S: Final = 0.05  # the metrics page costs the daemon milliseconds each time
 _IDLE_S: Final = 0.5  # without a tick (10 ms) of CPU time for so long, a daemon is idle
+_SETTLED_S: Final = 1.0
 _TICKS_PER_S: Final = os.sysconf("SC_CLK_TCK")
 _MIB: Final = 1024.0  # kB, as /proc/PID/status counts
-_ASKED: Final = "kubeproxy_sync_proxy_rules_last_queued_timestamp_seconds"
+_PENDING: Final = "kubeproxy_sync_proxy_rules_endpoint_changes_pending"
 _SYNCED: Final = "kubeproxy_sync_proxy_rules_last_timestamp_seconds"
 _EMPTY: Final = (
     "*nat\n:PREROUTING ACCEPT\n:INPUT ACCEPT\n:OUTPUT ACCEPT\n:POSTROUTING ACCEPT\nCOMMIT\n"
@@ -366,8 +367,7 @@ def _scrapes(proxy: Proxy) -> Background:
 
 def restart(run: Run) -> Samples:
     """Stop the daemon, start another on the same rules: time until healthy, and what it writes."""
-    # A daemon that waits for a program is idle, too.
-    run.proxy.wait(lambda: _has_written_all(run.proxy), _START_LIMIT_S)
+    _wait_settled(run.proxy)
     run.proxy.end(signal.SIGTERM)
     with daemon(run.stage, run.backend, run.layout) as (again, started):
         _wait_healthy(again.proxy, started)
@@ -454,6 +454,22 @@ def _cpu_seconds(proxy: Proxy) -> _Cpu:
     return _Cpu((fields[0] + fields[1]) / _TICKS_PER_S, (fields[2] + fields[3]) / _TICKS_PER_S)
 
 
+def _wait_settled(proxy: Proxy) -> None:
+    """Wait until the daemon has had nothing to write, and has run no program, for a second.
+
+    One that waits for a program is idle, too: with legacy's large tables, for as long.
+    """
+    tasks, since = Path("/proc", str(proxy.process.pid), "task"), time.monotonic()
+
+    def is_settled() -> bool:
+        nonlocal since
+        if proxy.metric(_PENDING) or any(each.read_text() for each in tasks.glob("*/children")):
+            since = time.monotonic()
+        return time.monotonic() - since > _SETTLED_S
+
+    wait_until(is_settled, timeout_s=_START_LIMIT_S, what="a daemon that has written all")
+
+
 def _own_cpu_seconds(proxy: Proxy) -> float:
     """Return what /proc/PID/stat counts in ticks of 10 ms, to the nanosecond (clock_gettime(2))."""
     # Linux makes the number of another process's CPU clock so (include/linux/posix-timers.h,
@@ -469,14 +485,6 @@ def _status_mib(proxy: Proxy, field: str) -> float:
 
 def _restores(proxy: Proxy) -> float:
     return proxy.metric("kubeproxy_iptables_restores_total")
-
-
-def _has_written_all(proxy: Proxy) -> bool:
-    """Tell whether nothing has been asked for since the last sync ended."""
-    return all(
-        proxy.metric(_SYNCED, ip_family=family.value) > proxy.metric(_ASKED, ip_family=family.value)
-        for family in IPFamily
-    )
 
 
 def _is_healthy(proxy: Proxy) -> bool:
