@@ -32,7 +32,6 @@ _IFADDRMSG: Final = struct.Struct("=BBBBI")
 _RTNLGRP_IPV4_IFADDR: Final = 5
 _RTNLGRP_IPV6_IFADDR: Final = 9
 
-
 # How often a list that changed under us is read again. Addresses change in bursts of milliseconds.
 _ATTEMPTS: Final = 5
 # How soon to look again where that failed, or where there are no events: a look costs a millisecond.

@@ -313,10 +313,10 @@ class Watcher:
         limit_s = min(_ANSWER_S, self._silence_s)
         # Without a resourceVersion: what etcd has, not what a cache does.
         page = self._page({**self._selectors, "limit": "1"}, read_timeout_s=limit_s)
-        self._go_back_with(page.metadata.resourceVersion)
         self._is_silent = False
+        self._expire_if_older(page.metadata.resourceVersion)
 
-    def _go_back_with(self, resource_version: str) -> None:
+    def _expire_if_older(self, resource_version: str) -> None:
         if _is_older(resource_version, self._resource_version):
             raise errors.WatchExpired(
                 f"cannot watch {self._kind}: the server went back from resourceVersion "
@@ -514,7 +514,7 @@ class Watcher:
     def _bookmark(self, raw: msgspec.Raw, listing: "_Listing | None") -> "_Listing | None":
         mark = self._identify(raw)
         if listing is None:
-            self._go_back_with(mark.resource_version)
+            self._expire_if_older(mark.resource_version)
             self._advance(mark.resource_version)
             return None
         if not mark.ends_initial_state:

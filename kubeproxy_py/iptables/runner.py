@@ -465,8 +465,9 @@ class Iptables:
     def read_chain(self, chain: ChainId) -> tuple[str, ...] | None:
         """Return the rules of one chain; None: there is no such chain.
 
-        On nft this takes 2 ms whatever else there is; see ``unreadable`` for what is then shown of it. On legacy the whole table is read for it, by
-        the program that takes no lock: whoever watches who takes it need not know of this.
+        On nft this takes 2 ms whatever else there is; see ``unreadable`` for what is told of rules that
+        iptables cannot show. On legacy the whole table is read for it, by the program that takes no
+        lock: whoever watches who takes it need not know of this.
 
         Raises:
             IptablesError: it cannot be read.

@@ -667,8 +667,9 @@ def test_memory_is_released_after_a_look_at_the_whole_kernel_and_only_then(world
     assert world.released == released + 1
 
 
-def test_waiting_for_the_lock_is_no_reason_to_pause(world, health):
-    now, took = [0.0], []
+def one_turn(world, health, now):
+    """Return a loop that stops after one sync, and a list that receives what that took."""
+    took = []
 
     class Pacing(Pacer):
         def finished(self, now, *, took_s, outcome):
@@ -683,6 +684,12 @@ def test_waiting_for_the_lock_is_no_reason_to_pause(world, health):
         metrics=world.metrics,
         clock=lambda: now[0],
     )
+    return loop, took
+
+
+def test_waiting_for_the_lock_is_no_reason_to_pause(world, health):
+    now = [0.0]
+    loop, took = one_turn(world, health, now)
 
     def wait(_text):
         now[0] += 5.5
@@ -703,19 +710,7 @@ def test_waiting_for_the_lock_is_no_reason_to_pause(world, health):
 )
 def test_a_wait_for_the_lock_is_over_when_the_change_was_undone(world, health, is_undone, wanted):
     now = [0.0]
-
-    class Pacing(Pacer):
-        def finished(self, now, *, took_s, outcome):
-            loop.stop()
-
-    loop = SyncLoop(
-        V4,
-        world.syncer,
-        Pacing(retry_s=1, audit_s=60),
-        health=health,
-        metrics=world.metrics,
-        clock=lambda: now[0],
-    )
+    loop, _ = one_turn(world, health, now)
     world.put(make_slice(endpoints=["10.180.1.12"]))
     world.kernel.lock_wait = "waiting"
     world.fail(LockTimeout("cannot get the xtables lock"))
